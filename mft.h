@@ -1,0 +1,5478 @@
+/* mft.h - v0.1.0 - tensors, autograd, LoRA and optimizers for training where the data is
+ * One file of C99, also valid C++. Needs libc and pthreads. No global state.
+ *
+ * TO USE IT   in exactly one source file, before including: #define MFT_IMPLEMENTATION
+ *
+ * SMALLEST PROGRAM   one step of fitting y = x w   (built by tests/test_openings.c)
+ *     mft_tensor *err  = mft_sub(ctx, mft_linear(ctx, x, w, NULL), y);
+ *     mft_tensor *loss = mft_mean(ctx, mft_mul(ctx, err, err));
+ *     if (mft_backward(ctx, loss) != MFT_OK) puts(mft_error_message(ctx));
+ *     mft_optimizer_step(opt, 0.05f, NULL);
+ *     mft_step_reset(ctx);
+ *
+ * WORDS     step: one optimizer update and all that was computed for it
+ *           held, step, borrowed: how long a pointer is good, see [CONTEXT]
+ *           [B, T, V]: sequences, tokens, vocabulary; row-major, last index fastest
+ *           row: one line of the kernel table, an instruction set's version of the inner loops
+ * ROOMS     search for a tag; it stands over the declarations and over the code:
+ *           [CONFIG] [STATUS] [CONTEXT] [THREADS] [ARENA] [TENSOR] [RANDOM] [KERNEL]
+ *           [TAPE] [OPS] [LORA] [LOSS] [BACKWARD] [OPTIMIZER] [ROWS] [LICENSE]
+ * OPTIONS   MFT_STATIC     every function static, for one translation unit
+ *           MFT_NO_SIMD    portable kernels only      MFT_NO_THREADS  the caller's thread only
+ *           MFT_USE_CBLAS  adds a kernel row that calls cblas_sgemm
+ *           MFT_SELF       this file's name, if you renamed it: it includes itself for each row
+ *           MFT_ASSERT(x)  what to do when the library catches a mistake of its own [nothing]
+ * LIMITS    up to 4 dimensions; gradients are f32; little-endian machines
+ * LICENSE   full text at the end of this file. What changed: CHANGELOG.md. */
+#ifndef MFT_H
+#define MFT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* ==============================================================================
+ * MARK: - [CONFIG] Version, linkage
+ * ============================================================================== */
+#define MFT_VERSION_MAJOR 0
+#define MFT_VERSION_MINOR 1
+#define MFT_VERSION_PATCH 0
+#define MFT_MAX_DIMS 4
+
+#ifndef MFT_API
+#  if defined(MFT_STATIC) && (defined(__GNUC__) || defined(__clang__))
+#    define MFT_API __attribute__((unused)) static
+#  elif defined(MFT_STATIC)
+#    define MFT_API static
+#  elif defined(__cplusplus)
+#    define MFT_API extern "C"
+#  else
+#    define MFT_API extern
+#  endif
+#endif
+
+/* ==============================================================================
+ * MARK: - [STATUS] How calls say what went wrong
+ *
+ *   Calls that do work return mft_status; the sentence, with path, names, shapes and
+ *   bytes, stays in the context: mft_error_message. Op constructors return the tensor,
+ *   NULL in gives NULL out, and mft_backward returns the step's first failure.
+ * ============================================================================== */
+typedef enum mft_status {
+    MFT_OK                   =  0,
+    MFT_ERR_INVALID_ARGUMENT = -1,     /* NULL, a shape or a value outside its range            */
+    MFT_ERR_OUT_OF_MEMORY    = -2,     /* allocator said no, or the memory budget is spent      */
+    MFT_ERR_IO               = -3,     /* open, read, write, rename; the message has the path   */
+    MFT_ERR_FORMAT           = -4,     /* the bytes break the file's format                     */
+    MFT_ERR_UNSUPPORTED      = -5,     /* well-formed, but not a thing this build can do        */
+    MFT_ERR_NOT_FINITE       = -6,     /* loss or gradient became NaN or infinite               */
+    MFT_ERR_CANCELLED        = -7      /* mft_cancel() was called; state is consistent          */
+} mft_status;
+
+typedef enum mft_log_level { MFT_LOG_ERROR, MFT_LOG_WARNING, MFT_LOG_INFO, MFT_LOG_DEBUG } mft_log_level;
+
+/* The status in words: constant text, never NULL, also for values that are none. */
+MFT_API const char *mft_status_string(mft_status status);
+
+/* ==============================================================================
+ * MARK: - [CONTEXT] Memory, threads, files, the error sentence
+ *
+ *   Everything is made from a context and ends with it at the latest. Pointers are
+ *     held      good until their own destroy, or their context's
+ *     step      good until mft_step_reset; what a backward pass has consumed ends with it
+ *     borrowed  good until the event named at the declaration
+ *   A context and all it made belong to one thread at a time; two contexts share nothing.
+ *   The exception is mft_cancel, which any thread may call.
+ * ============================================================================== */
+typedef struct mft_context mft_context;
+
+typedef struct mft_allocator {              /* all NULL: malloc and free */
+    void *(*alloc)(void *user, size_t bytes, size_t align);    /* align: a power of two; NULL when out */
+    void  (*free )(void *user, void *ptr, size_t bytes);       /* with the bytes it was asked for      */
+    void  *user;
+} mft_allocator;
+
+/* Where files come from: for apps whose assets are not files. Reading only; what the
+ * library writes goes to the file system. Reads are positional and may come from any
+ * file in any order, always from the thread that owns the context. */
+typedef struct mft_io {                     /* all NULL: files on disk, mapped */
+    void   *(*open )(void *user, const char *path, uint64_t *out_bytes);   /* NULL: no such file       */
+    size_t  (*read )(void *user, void *file, uint64_t offset, void *dst, size_t bytes);  /* bytes read */
+    void    (*close)(void *user, void *file);
+    void    *user;
+} mft_io;
+
+typedef enum mft_precision {                /* of matrix products; everything else is f32 */
+    MFT_PRECISION_F32  = 0,                 /* error no larger than a plain float32 loop's          */
+    MFT_PRECISION_BF16 = 1                  /* operands rounded to bf16 where a row is faster so    */
+} mft_precision;
+
+/* Every field may stay zero, which means the default in brackets. */
+typedef struct mft_context_desc {
+    mft_allocator allocator;
+    mft_io        io;
+    size_t        memory_budget;            /* bytes the library may hold                [0 = no cap]    */
+    size_t        step_arena;               /* bytes set aside for one step's tensors    [0 = grow]      */
+    int           n_threads;                /* workers, the caller's thread included     [0 = cores]     */
+    const char   *kernels;                  /* a row's name, see mft_kernels_name        [NULL = $MFT_KERNELS, else fastest] */
+    mft_precision precision;                /* of matrix products                        [f32]           */
+    uint64_t      seed;                     /* of dropout                                [0]             */
+    void        (*log)(void *user, mft_log_level level, const char *text);             /* [NULL = silent]*/
+    void         *log_user;
+} mft_context_desc;
+
+typedef struct mft_memory_report {          /* bytes */
+    size_t now, peak;                       /* everything obtained from the allocator                    */
+    size_t weights, gradients, optimizer;   /* parts of `now`; mapped files are not in it                */
+    size_t step_now, step_peak;             /* step arena: activations, saved tensors, scratch           */
+} mft_memory_report;
+
+/* desc NULL: all defaults; it is copied. On failure *out is NULL and there is no message:
+ * INVALID_ARGUMENT (half an allocator or io, a kernels row this machine lacks),
+ * OUT_OF_MEMORY (also when no thread can be started). */
+MFT_API mft_status  mft_context_create (const mft_context_desc *desc, mft_context **out);
+/* Frees every object made from it, joins its threads. NULL does nothing. */
+MFT_API void        mft_context_destroy(mft_context *ctx);
+/* The latest failure's sentence, "" if none; borrowed until the next failing call. */
+MFT_API const char *mft_error_message  (const mft_context *ctx);
+/* on != 0: the running call stops at the next layer and returns MFT_ERR_CANCELLED; the half-done
+ * step is dropped. Stays on until mft_cancel(ctx, 0). May be called from any thread, and from
+ * signal handlers: it stores one word. */
+MFT_API void        mft_cancel         (mft_context *ctx, int on);
+MFT_API void        mft_memory         (const mft_context *ctx, mft_memory_report *out);
+/* The kernel row in use: "portable", "avx2", "avx512", "amx", "neon", ...; constant text. */
+MFT_API const char *mft_kernels_name   (const mft_context *ctx);
+/* The i-th row this build has and this machine can run, fastest first; NULL past the last. */
+MFT_API const char *mft_kernels_available(int i);
+
+/* ==============================================================================
+ * MARK: - [TENSOR] Numbers with a shape
+ * ============================================================================== */
+typedef enum mft_dtype {
+    MFT_F32, MFT_F16, MFT_BF16, MFT_I32, MFT_I64, MFT_U8,
+    MFT_Q8_0,                               /* blocks of 32 along the last dimension: f16 scale, 32 int8     */
+    MFT_Q4_0                                /* the same with 4-bit values; layouts are ggml's                */
+} mft_dtype;
+typedef enum mft_lifetime { MFT_STEP, MFT_HELD } mft_lifetime;       /* see [CONTEXT] */
+
+/* Transparent: read any field, write `trainable`, `name` and the numbers. Always made by the library
+ * (the struct is the head of a larger one), never declared or copied by the caller. */
+typedef struct mft_tensor {
+    mft_dtype   dtype;
+    int         ndim;
+    int64_t     shape [MFT_MAX_DIMS];       /* row-major: shape[ndim-1] varies fastest                       */
+    int64_t     stride[MFT_MAX_DIMS];       /* elements; quantised tensors are contiguous                    */
+    void       *data;                       /* NULL once a backward pass has consumed a step tensor          */
+    struct mft_tensor *grad;                /* same shape and strides, f32; NULL until a backward reaches it */
+    int         trainable;                  /* nonzero: backward fills grad                                  */
+    const char *name;                       /* checkpoint name, or NULL; borrowed as long as the tensor lives*/
+} mft_tensor;
+
+/* A zero-filled tensor. Step tensors need no destroy. NULL on failure (OUT_OF_MEMORY,
+ * INVALID_ARGUMENT: ndim outside 0..4, a size < 1, a product that overflows). ndim 0: a scalar. */
+MFT_API mft_tensor *mft_tensor_create (mft_context *ctx, mft_lifetime life, mft_dtype dtype, int ndim, const int64_t *shape);
+/* A held tensor over the caller's memory, which must outlive it; contiguous. */
+MFT_API mft_tensor *mft_tensor_wrap   (mft_context *ctx, mft_dtype dtype, int ndim, const int64_t *shape, void *borrowed);
+/* Held and wrapped tensors, with their gradient. NULL and step tensors: nothing happens. */
+MFT_API void        mft_tensor_destroy(mft_context *ctx, mft_tensor *t);
+/* dst = src, converting the dtype (round to nearest even); shapes equal, strides free.
+ * Fails with UNSUPPORTED between integers and floats, and towards quantised types. */
+MFT_API mft_status  mft_tensor_copy   (mft_context *ctx, mft_tensor *dst, const mft_tensor *src);
+MFT_API float       mft_tensor_item   (const mft_tensor *t);         /* one element as float; NaN if NULL or not one element */
+MFT_API int64_t     mft_tensor_numel  (const mft_tensor *t);         /* elements; 0 for NULL */
+/* Bytes of n elements (for quantised types n must be a multiple of 32); 0 for a dtype that is none. */
+MFT_API size_t      mft_dtype_bytes   (mft_dtype dtype, int64_t n);
+MFT_API const char *mft_dtype_name    (mft_dtype dtype);             /* "F32", as safetensors writes it */
+
+/* ==============================================================================
+ * MARK: - [TAPE] Recording what was computed
+ *
+ *   in    tensors made by [OPS]
+ *   out   a list of records, in order of execution, that [BACKWARD] walks in reverse
+ *   rule  a record is appended only if some input is trainable and grad is enabled,
+ *         so inference leaves the list empty and costs nothing here
+ * ============================================================================== */
+
+/* Turns recording on or off; returns the old setting, so that scopes nest:
+ *     int was = mft_grad_enable(ctx, 0);  ...  mft_grad_enable(ctx, was);            */
+MFT_API int         mft_grad_enable (mft_context *ctx, int on);
+
+/* y = fn(ctx, x, user), keeping x and y only: without grad, fn's own tensors are given back at once;
+ * with it, the backward pass runs fn again and needs memory for one such block at a time (Chen et al. 2016, "Training deep nets with sublinear
+ * memory cost"). fn must do the same both times: `user` must still be there in mft_backward;
+ * dropout inside draws the same numbers again. returns y, step. */
+typedef mft_tensor *(*mft_checkpoint_fn)(mft_context *ctx, mft_tensor *x, void *user);
+MFT_API mft_tensor *mft_checkpoint  (mft_context *ctx, mft_checkpoint_fn fn, mft_tensor *x, void *user);
+
+/* Ends the step: drops the tape, all step tensors and the kept failure. Gradients of held
+ * tensors stay. */
+MFT_API void        mft_step_reset  (mft_context *ctx);
+
+/* What a step would need, without running it: between begin and end every op checks its shapes
+ * and takes its memory on paper only; no number is computed, data pointers must not be read.
+ * mft_backward may be called too. *out_bytes: the step arena's peak.
+ * end returns the step's first failure, if any, like mft_backward. */
+MFT_API void        mft_plan_begin  (mft_context *ctx);
+MFT_API mft_status  mft_plan_end    (mft_context *ctx, size_t *out_bytes);
+/* Sets the arena to that size now, in one piece, instead of growing into it. Between steps only. */
+MFT_API mft_status  mft_step_reserve(mft_context *ctx, size_t bytes);
+
+/* ==============================================================================
+ * MARK: - [OPS] Tensors to tensors
+ *
+ *   Each op returns a step tensor, f32, and NULL on failure or when an input is NULL; the
+ *   first failure of a step is kept and mft_backward returns it, so forty lines of model need
+ *   one check. They fail with INVALID_ARGUMENT (shapes, named in the message), OUT_OF_MEMORY.
+ *   Inputs are f32 with the last dimension contiguous (views are fine); weights may be
+ *   f32, f16, bf16 or quantised when frozen. Every op is checked by tests/test_ops.c against
+ *   float64 finite differences, and against PyTorch by tests/test_golden.c.
+ * ============================================================================== */
+
+/* Elementwise; b has a's shape, or fewer dimensions equal to a's last ones (broadcast, as a bias). */
+MFT_API mft_tensor *mft_add        (mft_context *ctx, mft_tensor *a, mft_tensor *b);
+MFT_API mft_tensor *mft_sub        (mft_context *ctx, mft_tensor *a, mft_tensor *b);
+MFT_API mft_tensor *mft_mul        (mft_context *ctx, mft_tensor *a, mft_tensor *b);
+MFT_API mft_tensor *mft_scale      (mft_context *ctx, mft_tensor *x, float s);                         /* s x            */
+MFT_API mft_tensor *mft_gelu_tanh  (mft_context *ctx, mft_tensor *x);    /* GPT-2's and Gemma's approximation of gelu     */
+MFT_API mft_tensor *mft_gelu       (mft_context *ctx, mft_tensor *x);    /* x Phi(x), by erf                              */
+MFT_API mft_tensor *mft_silu       (mft_context *ctx, mft_tensor *x);    /* x / (1 + exp(-x))                             */
+MFT_API mft_tensor *mft_relu       (mft_context *ctx, mft_tensor *x);
+MFT_API mft_tensor *mft_tanh       (mft_context *ctx, mft_tensor *x);
+MFT_API mft_tensor *mft_softcap    (mft_context *ctx, mft_tensor *x, float cap);                       /* cap tanh(x/cap) */
+MFT_API mft_tensor *mft_swiglu     (mft_context *ctx, mft_tensor *gate, mft_tensor *up);               /* silu(gate) up  */
+MFT_API mft_tensor *mft_geglu      (mft_context *ctx, mft_tensor *gate, mft_tensor *up);               /* gelu_tanh(gate) up */
+MFT_API mft_tensor *mft_softmax    (mft_context *ctx, mft_tensor *x);                                  /* over the last dimension */
+/* Zeroes each element with probability p and scales the rest by 1/(1-p). p 0, or no grad: x itself. */
+MFT_API mft_tensor *mft_dropout    (mft_context *ctx, mft_tensor *x, float p);
+
+/* Sum, mean of all elements: a scalar. */
+MFT_API mft_tensor *mft_sum        (mft_context *ctx, mft_tensor *x);
+MFT_API mft_tensor *mft_mean       (mft_context *ctx, mft_tensor *x);
+
+/* Views: no copy, no cost; the gradient is a view of the gradient. */
+MFT_API mft_tensor *mft_reshape    (mft_context *ctx, mft_tensor *x, int ndim, const int64_t *shape);  /* x contiguous */
+MFT_API mft_tensor *mft_transpose  (mft_context *ctx, mft_tensor *x, int dim_a, int dim_b);
+MFT_API mft_tensor *mft_slice      (mft_context *ctx, mft_tensor *x, int dim, int64_t begin, int64_t end);
+MFT_API mft_tensor *mft_contiguous (mft_context *ctx, mft_tensor *x);                                  /* a copy, where x is not */
+
+/* Products. matmul: [.., M, K] x [.., K, N] with equal leading dimensions -> [.., M, N]; transposed
+ * views are read in place.
+ * linear: y = x w^T + bias, x [.., in], w [out, in] as in checkpoints (a transposed view for GPT-2's
+ * Conv1D), bias [out] or NULL -> [.., out]. Saves x only if w is trainable. */
+MFT_API mft_tensor *mft_matmul     (mft_context *ctx, mft_tensor *a, mft_tensor *b);
+MFT_API mft_tensor *mft_linear     (mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias);
+
+/* out[b,t,:] = table[ids[b,t],:].   table [V, H], ids borrowed until the backward pass is over.
+ * padding_idx: an id whose row gets no gradient from here, as torch.nn.Embedding has it; -1: none.
+ * fails  INVALID_ARGUMENT naming the position of an id outside 0..V-1. returns [batch, seq, H] */
+MFT_API mft_tensor *mft_embedding  (mft_context *ctx, mft_tensor *table, const int32_t *ids, int64_t batch, int64_t seq, int32_t padding_idx);
+
+/* y = (x - mean) r w + bias, r = 1/sqrt(var + eps), over the last dimension (Ba et al. 2016) */
+MFT_API mft_tensor *mft_layer_norm (mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, float eps);
+/* y = x r (w + offset), r = 1/sqrt(mean x^2 + eps) (Zhang and Sennrich 2019); offset 1 for Gemma, else 0 */
+MFT_API mft_tensor *mft_rms_norm   (mft_context *ctx, mft_tensor *x, mft_tensor *w, float offset, float eps);
+
+/* Rotary position embedding, half-split as in Transformers (Su et al. 2021): with a = position *
+ * inv_freq[i], computed in float32 as there,
+ *   y[i] = x[i] cos a - x[i+D/2] sin a,   y[i+D/2] = x[i+D/2] cos a + x[i] sin a
+ * x          [B, T, heads, D]
+ * positions  [B, T], or NULL for 0..T-1 in every sequence; borrowed until the backward pass is over
+ * inv_freq   [D/2] frequencies (plain, linear or llama3 scaling: the caller's table), borrowed likewise
+ * scale      of cos and sin; 0 means 1 */
+MFT_API mft_tensor *mft_rope       (mft_context *ctx, mft_tensor *x, const int32_t *positions, const float *inv_freq, float scale);
+
+/* Causal scaled-dot-product attention with grouped key/value heads.
+ *
+ *   out[b,t,h,:] = sum_s softmax_s(c(scale <q[b,t,h,:], k[b,s,h/G,:]>)) v[b,s,h/G,:]
+ *   over first_key[b,t] <= s <= t + (S - T), and s > t + (S - T) - window when window > 0;
+ *   G = n_head / n_kv_head,  c(x) = softcap tanh(x / softcap) when softcap > 0
+ *
+ * q        [B, T, n_head,    D]  rotary embedding already applied
+ * k, v     [B, S, n_kv_head, D]  S >= T; earlier keys come first (generation), S = T in training
+ * desc     NULL: all defaults
+ * returns  [B, T, n_head, D]; a query with no key to see gives zeros
+ * memory   saves the output and one f32 per (b,t,h); never a [T, S] matrix
+ * source   Dao et al. 2022, "FlashAttention", algorithm 1 */
+typedef struct mft_attention_desc {
+    float scale;                            /* of the scores                        [1/sqrt(D)]     */
+    int   window;                           /* keys each query may see, itself included [all]       */
+    float softcap;                          /* Gemma 2's cap of the scores          [none]          */
+    const int32_t *first_key;               /* [B, T] earliest key of each query: where its document
+                                               starts, past left padding; borrowed until the backward
+                                               pass is over                         [0 everywhere]  */
+} mft_attention_desc;
+MFT_API mft_tensor *mft_attention  (mft_context *ctx, mft_tensor *q, mft_tensor *k, mft_tensor *v, const mft_attention_desc *desc);
+
+/* ==============================================================================
+ * MARK: - [LORA] The low-rank linear
+ * ============================================================================== */
+
+/* y = x w^T + bias + scale (dropout(x) a^T) b^T        (Hu et al. 2021, "LoRA")
+ *
+ * x      [.., in]   w [out, in], frozen or not   bias [out] or NULL
+ * a, b   [rank, in], [out, rank], f32            scale  lora_alpha / rank, or / sqrt(rank) (rsLoRA)
+ * memory saves x and the rank-sized x a^T; of a frozen w nothing */
+MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                    mft_tensor *a, mft_tensor *b, float scale, float dropout);
+
+/* y = bias + (m / n) (x w^T + scale (x a^T) b^T),  n[o] = |w[o,:] + scale (b a)[o,:]|
+ * (Liu et al. 2024, "DoRA"); n is a constant to the backward pass, as in PEFT. With dropout the low-rank
+ * part and what m / n changes of the base see dropout(x), the base itself x, as in PEFT.
+ * magnitude [out], f32; the rest as for mft_lora_linear */
+MFT_API mft_tensor *mft_dora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                    mft_tensor *a, mft_tensor *b, mft_tensor *magnitude, float scale, float dropout);
+
+/* ==============================================================================
+ * MARK: - [LOSS] Scalars to train on
+ *
+ *   labels are -100 where ignored, and here already aligned with the rows: the shift by one
+ *   token is the model's (mft_model_loss). n_valid 0 divides by the rows that count; another
+ *   value divides by that, so that a window of micro-batches sums to its exact mean.
+ * ============================================================================== */
+
+/* mean over rows of -log softmax(logits)[label].  logits [.., V], labels [rows] borrowed. */
+MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, const int32_t *labels, int64_t n_valid);
+
+/* The same of logits = softcap'(x w^T), which are never held: tiles of tokens x vocabulary, gone over
+ * once more for the gradient. Rows whose label is -100 cost nothing.
+ * x [.., H], w [V, H] in any storage type, trainable or not; softcap 0: none.
+ * source   Wijmans et al. 2024, "Cut your losses in large-vocabulary language models" */
+MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mft_tensor *w, const int32_t *labels,
+                                             int64_t n_valid, float softcap);
+
+/* mean of (x - y)^2 */
+MFT_API mft_tensor *mft_mse_loss(mft_context *ctx, mft_tensor *x, mft_tensor *y);
+
+/* ==============================================================================
+ * MARK: - [BACKWARD] From the loss to every gradient
+ * ============================================================================== */
+
+/* Adds d loss / d t to the `grad` of every trainable tensor below `loss` (a scalar), walking the
+ * tape in reverse and giving each record's memory back as it goes: afterwards only held tensors,
+ * their gradients and the loss itself may be read.
+ * fails  with the step's first failure (no gradient is touched then); CANCELLED (gradients are
+ *        partial: drop them with mft_optimizer_zero_grad) */
+MFT_API mft_status  mft_backward    (mft_context *ctx, mft_tensor *loss);
+
+/* ==============================================================================
+ * MARK: - [OPTIMIZER] From gradients to new weights
+ * ============================================================================== */
+typedef struct mft_optimizer mft_optimizer;      /* held */
+
+typedef enum mft_optimizer_kind { MFT_ADAMW, MFT_SGD } mft_optimizer_kind;
+typedef struct mft_optimizer_desc {
+    mft_optimizer_kind kind;                /*                                                    [AdamW] */
+    double beta1, beta2, eps;               /* AdamW                              [0.9] [0.999] [1e-8]    */
+    double momentum;                        /* SGD                                                  [0]   */
+    double weight_decay;                    /* decoupled, times the learning rate                   [0]   */
+    double max_grad_norm;                   /* global 2-norm, as torch.nn.utils.clip_grad_norm_; negative: no clipping [1.0] */
+} mft_optimizer_desc;
+
+/* AdamW (Loshchilov and Hutter 2019) or SGD, updating as torch.optim does, to the bit order of
+ * float32. params: held f32 tensors, which must outlive the optimizer; `no_decay`, if given, has
+ * n_params flags of those that weight decay leaves out. */
+MFT_API mft_status mft_optimizer_create   (mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
+                                           const unsigned char *no_decay, int n_params, mft_optimizer **out);
+/* Clips, updates, zeroes the gradients. out_grad_norm (may be NULL): before clipping.
+ * fails  NOT_FINITE: the norm is NaN or infinite; weights, moments and gradients are untouched */
+MFT_API mft_status mft_optimizer_step     (mft_optimizer *opt, double learning_rate, double *out_grad_norm);
+MFT_API void       mft_optimizer_zero_grad(mft_optimizer *opt);
+/* The moments as named tensors (`NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.momentum`) and the step
+ * counter (`step`, i64), to save or to fill; borrowed from the optimizer. returns the full count. */
+MFT_API int        mft_optimizer_state    (mft_optimizer *opt, mft_tensor **out, int cap);
+MFT_API void       mft_optimizer_destroy  (mft_optimizer *opt);
+
+/* Learning rate of optimizer step `step` (0 is the first), as transformers.get_scheduler gives it:
+ * linear warm-up from 0 over warmup_steps, then constant, linear or cosine to `floor` at total_steps. */
+typedef enum mft_schedule_kind { MFT_SCHEDULE_CONSTANT, MFT_SCHEDULE_LINEAR, MFT_SCHEDULE_COSINE } mft_schedule_kind;
+MFT_API double     mft_schedule           (mft_schedule_kind kind, double peak, double floor,
+                                           int64_t warmup_steps, int64_t total_steps, int64_t step);
+
+#endif /* MFT_H */
+
+/* ############################################################################## *
+ *                               IMPLEMENTATION                                   *
+ * ############################################################################## */
+#if defined(MFT_IMPLEMENTATION) && !defined(MFT_IMPLEMENTED)
+#define MFT_IMPLEMENTED
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#ifndef MFT_NO_THREADS
+#  include <pthread.h>
+#endif
+
+/* ==============================================================================
+ * MARK: - [CONFIG] Compiler and machine
+ * ============================================================================== */
+#ifndef MFT_ASSERT
+#  define MFT_ASSERT(x) ((void)0)
+#endif
+#define MFT__PI 3.14159265358979323846
+
+#if defined(__GNUC__) || defined(__clang__)
+#  define MFT__PRINTF(fmt, first) __attribute__((format(printf, fmt, first)))
+#  define MFT__UNUSED __attribute__((unused))
+#else
+#  define MFT__PRINTF(fmt, first)
+#  define MFT__UNUSED
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#  error "mft reads and writes little-endian files in place: a big-endian machine needs more work"
+#endif
+
+/* ==============================================================================
+ * MARK: - [STATUS] The error text, checked size arithmetic
+ * ============================================================================== */
+MFT_API const char *mft_status_string(mft_status status)
+{
+    switch (status) {
+    case MFT_OK:                   return "ok";
+    case MFT_ERR_INVALID_ARGUMENT: return "invalid argument";
+    case MFT_ERR_OUT_OF_MEMORY:    return "out of memory";
+    case MFT_ERR_IO:               return "input/output error";
+    case MFT_ERR_FORMAT:           return "format error";
+    case MFT_ERR_UNSUPPORTED:      return "unsupported";
+    case MFT_ERR_NOT_FINITE:       return "not finite";
+    case MFT_ERR_CANCELLED:        return "cancelled";
+    }
+    return "unknown status";
+}
+
+/* Keeps the sentence and returns the status: `return mft__fail(ctx, MFT_ERR_IO, "%s: ...", path)`.
+ * Text longer than the buffer is cut; names from files go in as %.*s with a bound. */
+static mft_status mft__fail(mft_context *ctx, mft_status status, const char *format, ...) MFT__PRINTF(3, 4);
+static void       mft__log (mft_context *ctx, mft_log_level level, const char *format, ...) MFT__PRINTF(3, 4) MFT__UNUSED;
+
+/* *out = a * b, 0 if it does not fit. */
+static int mft__mul_size(size_t a, size_t b, size_t *out)
+{
+    if (b != 0 && a > (size_t)-1 / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+static int64_t mft__min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ==============================================================================
+ * MARK: - [CONTEXT] Allocation, the list of everything made
+ * ============================================================================== */
+
+/* What allocated bytes are for, in the memory report. */
+typedef enum mft__use { MFT__OTHER, MFT__WEIGHTS, MFT__GRADIENTS, MFT__OPTIMIZER, MFT__N_USES } mft__use;
+
+/* The first member of everything opaque, so that a context can end what it made. */
+typedef struct mft__object {
+    struct mft__object *prev, *next;
+    void (*destroy)(void *self);            /* frees self; unlinks it with mft__object_remove */
+} mft__object;
+
+struct mft__kernels;
+struct mft__pool;
+struct mft__record;
+struct mft__meta_block;
+
+/* Where the forward end of the arena stood: see [ARENA]. */
+typedef struct mft__mark { int chunk; size_t low; } mft__mark;
+
+typedef struct mft__chunk {                 /* one piece of the step arena */
+    char  *base;
+    size_t size;
+    size_t low;                             /* the forward end: [0, low) is taken, a stack          */
+    size_t high;                            /* the backward end: [high, size) is a heap with holes   */
+} mft__chunk;
+
+typedef struct mft__hole { int chunk; size_t at, bytes; } mft__hole;
+
+enum { MFT__MAX_CHUNKS = 48, MFT__MAX_HOLES = 256 };
+
+typedef struct mft__arena {
+    mft__chunk chunks[MFT__MAX_CHUNKS];
+    int        n_chunks;
+    int        low_chunk;                   /* the chunk the forward end is in                      */
+    mft__hole  holes[MFT__MAX_HOLES];       /* free places above `high`, in no order                */
+    int        n_holes;
+    size_t     now, peak;                   /* bytes taken, holes not counted                       */
+    size_t     reach;                       /* the most both ends took of one chunk, holes counted  */
+} mft__arena;
+
+struct mft_context {
+    mft_allocator allocator;
+    mft_io        io;
+    size_t        budget;
+    int           n_threads;
+    mft_precision precision;
+    void        (*log)(void *user, mft_log_level level, const char *text);
+    void         *log_user;
+
+    const struct mft__kernels *kernels;     /* the row in use: [KERNEL]                             */
+    struct mft__pool *pool;                 /* the other threads: [THREADS]                         */
+
+    size_t        used[MFT__N_USES];        /* bytes obtained, by use                               */
+    size_t        now, peak;
+    mft__object   objects;                  /* head of the ring of everything made                  */
+
+    mft__arena    arena;                    /* numbers of the step                                  */
+    mft__arena   *real_arena;               /* set aside while planning; NULL otherwise             */
+    struct mft__meta_block *meta;           /* tensor structs and records of the step               */
+
+    struct mft__record *tape;               /* the latest record; each knows the one before         */
+    int           grad_enabled;
+    int           saw_trainable;            /* an op met a trainable input since this was cleared   */
+    int           in_checkpoint;            /* the first run of a checkpoint's function             */
+    mft_status    step_status;              /* the step's first failure, and its sentence           */
+    char          step_error[1024];
+
+    uint64_t      seed;                     /* of dropout, with the two counters below              */
+    uint64_t      step_index, draw_index;
+
+    int           cancel;                   /* written by any thread: __atomic only                 */
+    char          error[1024];
+};
+
+/* Whether ops should compute: not while planning. */
+#define MFT__RUNS(ctx) ((ctx)->real_arena == NULL)
+
+static mft_status mft__fail(mft_context *ctx, mft_status status, const char *format, ...)
+{
+    va_list args;
+    if (!ctx) return status;
+    va_start(args, format);
+    vsnprintf(ctx->error, sizeof ctx->error, format, args);
+    va_end(args);
+    return status;
+}
+
+static void mft__log(mft_context *ctx, mft_log_level level, const char *format, ...)
+{
+    char    text[512];
+    va_list args;
+    if (!ctx->log) return;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    ctx->log(ctx->log_user, level, text);
+}
+
+MFT__UNUSED static int mft__cancelled(const mft_context *ctx)
+{
+    return __atomic_load_n(&ctx->cancel, __ATOMIC_RELAXED);
+}
+
+MFT_API void mft_cancel(mft_context *ctx, int on)
+{
+    if (ctx) __atomic_store_n(&ctx->cancel, on != 0, __ATOMIC_RELAXED);
+}
+
+/* malloc aligned to 64 bytes, or to `align` if that is more: the address malloc gave stands just below. */
+static void *mft__default_alloc(void *user, size_t bytes, size_t align)
+{
+    char *raw, *p;
+    (void)user;
+    if (bytes > (size_t)-1 - align - sizeof(void *)) return NULL;
+    raw = (char *)malloc(bytes + align + sizeof(void *));
+    if (!raw) return NULL;
+    p = raw + sizeof(void *);
+    p += (align - (uintptr_t)p % align) % align;
+    memcpy(p - sizeof(void *), &raw, sizeof raw);
+    return p;
+}
+
+static void mft__default_free(void *user, void *ptr, size_t bytes)
+{
+    char *raw;
+    (void)user; (void)bytes;
+    memcpy(&raw, (char *)ptr - sizeof(void *), sizeof raw);
+    free(raw);
+}
+
+/* Uninitialised memory on 64 bytes, counted and within the budget; freed with the same bytes and
+ * use. On failure NULL with the sentence set. 0 bytes are a valid block. Owner's thread only. */
+static void *mft__alloc_as(mft_context *ctx, mft__use use, size_t bytes)
+{
+    void *p;
+    if (ctx->budget && (bytes > ctx->budget || ctx->now > ctx->budget - bytes)) {
+        mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "%llu bytes more than the %llu in use would pass the memory budget of %llu",
+                  (unsigned long long)bytes, (unsigned long long)ctx->now, (unsigned long long)ctx->budget);
+        return NULL;
+    }
+    p = ctx->allocator.alloc(ctx->allocator.user, bytes ? bytes : 1, 64);
+    if (!p) {
+        mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "the allocator could not give %llu bytes", (unsigned long long)bytes);
+        return NULL;
+    }
+    ctx->now += bytes;
+    ctx->used[use] += bytes;
+    if (ctx->now > ctx->peak) ctx->peak = ctx->now;
+    return p;
+}
+
+static void mft__free_as(mft_context *ctx, mft__use use, void *p, size_t bytes)
+{
+    if (!p) return;
+    ctx->now -= bytes;
+    ctx->used[use] -= bytes;
+    ctx->allocator.free(ctx->allocator.user, p, bytes ? bytes : 1);
+}
+
+MFT__UNUSED static void *mft__alloc(mft_context *ctx, size_t bytes)          { return mft__alloc_as(ctx, MFT__OTHER, bytes); }
+MFT__UNUSED static void  mft__free (mft_context *ctx, void *p, size_t bytes) { mft__free_as(ctx, MFT__OTHER, p, bytes); }
+
+MFT__UNUSED static void *mft__alloc_zero(mft_context *ctx, size_t bytes)
+{
+    void *p = mft__alloc(ctx, bytes);
+    if (p) memset(p, 0, bytes);
+    return p;
+}
+
+/* Makes room for `need` elements in a growing array, doubling: *p, *cap are updated, contents kept.
+ * 0 and a sentence when it cannot; the array is then as it was. */
+MFT__UNUSED static int mft__grow(mft_context *ctx, void **p, size_t *cap, size_t need, size_t element)
+{
+    size_t bytes, more = *cap ? *cap : 16;
+    void  *q;
+    if (need <= *cap) return 1;
+    while (more < need) {
+        if (more > (size_t)-1 / 2) { more = need; break; }
+        more *= 2;
+    }
+    if (!mft__mul_size(more, element, &bytes)) {
+        mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "an array of %llu elements does not fit an address space", (unsigned long long)need);
+        return 0;
+    }
+    q = mft__alloc(ctx, bytes);
+    if (!q) return 0;
+    if (*cap) memcpy(q, *p, *cap * element);
+    mft__free(ctx, *p, *cap * element);
+    *p = q; *cap = more;
+    return 1;
+}
+
+MFT__UNUSED static char *mft__strdup(mft_context *ctx, const char *s)      /* freed with mft__strfree */
+{
+    size_t n = strlen(s) + 1;
+    char  *p = (char *)mft__alloc(ctx, n);
+    if (p) memcpy(p, s, n);
+    return p;
+}
+
+MFT__UNUSED static void mft__strfree(mft_context *ctx, char *s) { if (s) mft__free(ctx, s, strlen(s) + 1); }
+
+MFT__UNUSED static void mft__object_add(mft_context *ctx, mft__object *o, void (*destroy)(void *self))
+{
+    o->destroy = destroy;
+    o->prev = ctx->objects.prev; o->next = &ctx->objects;
+    ctx->objects.prev->next = o; ctx->objects.prev = o;
+}
+
+static void mft__object_remove(mft__object *o)
+{
+    if (!o->next) return;                                       /* never added */
+    o->prev->next = o->next; o->next->prev = o->prev;
+    o->prev = o->next = NULL;
+}
+
+static mft_status mft__pool_create(mft_context *ctx);
+static void       mft__pool_destroy(mft_context *ctx);
+static int        mft__kernels_choose(mft_context *ctx, const char *name);
+
+MFT_API mft_status mft_context_create(const mft_context_desc *desc, mft_context **out)
+{
+    mft_context_desc zero;
+    mft_context     *ctx;
+    mft_allocator    a;
+
+    if (!out) return MFT_ERR_INVALID_ARGUMENT;
+    *out = NULL;
+    memset(&zero, 0, sizeof zero);
+    if (!desc) desc = &zero;
+    a = desc->allocator;
+    if (!a.alloc != !a.free || !desc->io.open != !desc->io.read || !desc->io.open != !desc->io.close
+        || desc->n_threads < 0) return MFT_ERR_INVALID_ARGUMENT;
+    if (!a.alloc) { a.alloc = mft__default_alloc; a.free = mft__default_free; a.user = NULL; }
+
+    ctx = (mft_context *)a.alloc(a.user, sizeof *ctx, 64);
+    if (!ctx) return MFT_ERR_OUT_OF_MEMORY;
+    memset(ctx, 0, sizeof *ctx);
+    ctx->allocator = a;            ctx->io = desc->io;       ctx->budget = desc->memory_budget;
+    ctx->n_threads = desc->n_threads; ctx->precision = desc->precision;
+    ctx->log = desc->log;          ctx->log_user = desc->log_user;
+    ctx->seed = desc->seed;        ctx->grad_enabled = 1;
+    ctx->now = ctx->peak = ctx->used[MFT__OTHER] = sizeof *ctx;
+    ctx->objects.prev = ctx->objects.next = &ctx->objects;
+
+    if (!mft__kernels_choose(ctx, desc->kernels)) { mft_context_destroy(ctx); return MFT_ERR_INVALID_ARGUMENT; }
+    if (mft__pool_create(ctx) != MFT_OK
+        || (desc->step_arena && mft_step_reserve(ctx, desc->step_arena) != MFT_OK)) {
+        mft_context_destroy(ctx);
+        return MFT_ERR_OUT_OF_MEMORY;
+    }
+    *out = ctx;
+    return MFT_OK;
+}
+
+static void mft__arena_free(mft_context *ctx);
+static void mft__meta_free(mft_context *ctx);
+
+MFT_API void mft_context_destroy(mft_context *ctx)
+{
+    mft_allocator a;
+    size_t        bytes;
+    if (!ctx) return;
+    if (ctx->real_arena) mft_plan_end(ctx, &bytes);             /* destroyed in the middle of a plan */
+    mft_step_reset(ctx);
+    while (ctx->objects.prev != &ctx->objects) {                /* latest first: users before what they use */
+        mft__object *o = ctx->objects.prev;
+        o->destroy(o);
+    }
+    mft__pool_destroy(ctx);
+    mft__arena_free(ctx);
+    mft__meta_free(ctx);
+    a = ctx->allocator;
+    a.free(a.user, ctx, sizeof *ctx);
+}
+
+MFT_API const char *mft_error_message(const mft_context *ctx) { return ctx ? ctx->error : ""; }
+
+MFT_API void mft_memory(const mft_context *ctx, mft_memory_report *out)
+{
+    memset(out, 0, sizeof *out);
+    if (!ctx) return;
+    out->now       = ctx->now;
+    out->peak      = ctx->peak;
+    out->weights   = ctx->used[MFT__WEIGHTS];
+    out->gradients = ctx->used[MFT__GRADIENTS];
+    out->optimizer = ctx->used[MFT__OPTIMIZER];
+    out->step_now  = ctx->arena.now;
+    out->step_peak = ctx->arena.peak;
+}
+
+/* ==============================================================================
+ * MARK: - [THREADS] A range of work, divided the same way for any number of threads
+ *
+ *   in    n pieces of work, cut into chunks by the caller's grain alone
+ *   out   every chunk run once, on the caller's thread and on the workers of the context
+ *   rule  who runs a chunk is decided by an atomic counter, what a chunk is by nothing but
+ *         n and grain: numbers cannot depend on the number of threads, and a slow core
+ *         simply takes fewer chunks
+ *
+ *   The owner never waits for a worker that has not begun: it opens a gate, works itself, shuts
+ *   the gate when the chunks are used up and waits for those inside. So more threads than cores
+ *   cost next to nothing (8 threads on 2 cores: see tests/test_threads.c). Idle workers look at
+ *   the gate for some 20 to 50 us, for the next product of the same layer, and then sleep.
+ * ============================================================================== */
+
+/* Work on [begin, end). worker, 0 for the caller's thread, is below ctx->n_threads and no other
+ * thread's at the same time: it may pick scratch memory, never anything that changes numbers. */
+typedef void (*mft__task)(void *arg, int64_t begin, int64_t end, int worker);
+
+enum { MFT__MAX_THREADS = 256 };
+
+#ifdef MFT_NO_THREADS
+
+static mft_status mft__pool_create(mft_context *ctx)  { ctx->n_threads = 1; return MFT_OK; }
+static void       mft__pool_destroy(mft_context *ctx) { (void)ctx; }
+
+static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task fn, void *arg)
+{
+    int64_t i;
+    (void)ctx;
+    if (grain < 1) grain = 1;
+    for (i = 0; i < n; i += grain) fn(arg, i, n - i > grain ? i + grain : n, 0);
+}
+
+#else
+
+#ifndef _WIN32
+#  include <unistd.h>                       /* sysconf */
+#endif
+
+typedef struct mft__worker { struct mft__pool *pool; pthread_t thread; int index; } mft__worker;
+
+/* The gate is one word, so that opening, entering and leaving are single atomic operations:
+ *   bits 0-11  workers inside;  12  open;  13  the owner sleeps until the last one leaves;
+ *   14  the context ends;  15-31  number of the job, wrapping (only "another job?" is asked of it) */
+enum { MFT__GATE_INSIDE = 0xfff, MFT__GATE_OPEN = 1 << 12, MFT__GATE_OWNER_SLEEPS = 1 << 13, MFT__GATE_END = 1 << 14, MFT__GATE_JOB = 1 << 15 };
+
+typedef struct mft__pool {
+    uint32_t        gate;
+    int             sleepers;               /* workers asleep; changed under the mutex, read without      */
+    mft__task       fn;                     /* the job: written while the gate is shut and nobody inside  */
+    void           *arg;
+    int64_t         n, grain;
+    size_t          n_chunks, next;         /* next: the first chunk nobody has taken                     */
+    pthread_mutex_t mutex;
+    pthread_cond_t  work, done;
+    int             n_workers, wake, spins; /* wake: workers worth waking for one job                     */
+    mft__worker    *workers;
+    size_t          bytes;
+} mft__pool;
+
+static int mft__cores(void)
+{
+#if defined(_WIN32)
+    int n = pthread_num_processors_np();
+#else
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    return n < 1 ? 1 : n > MFT__MAX_THREADS ? MFT__MAX_THREADS : (int)n;
+}
+
+/* Tells the core that this is a wait: saves power, lets a sibling thread run. */
+static void mft__pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__) || (defined(__ARM_ARCH) && __ARM_ARCH >= 7)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static void mft__pool_run(mft__pool *p, int worker)
+{
+    size_t i;
+    while ((i = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->n_chunks) {
+        int64_t begin = (int64_t)i * p->grain;
+        p->fn(p->arg, begin, p->n - begin > p->grain ? begin + p->grain : p->n, worker);
+    }
+}
+
+static void *mft__worker_main(void *self)
+{
+    mft__worker *w    = (mft__worker *)self;
+    mft__pool   *p    = w->pool;
+    uint32_t     seen = 0, gate;            /* job numbers start at 1 */
+    int          spin = 0;
+
+    for (;;) {
+        gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
+        if (gate & MFT__GATE_END) return NULL;
+        if (!(gate & MFT__GATE_OPEN) || gate / MFT__GATE_JOB == seen) {
+            if (++spin < p->spins) { mft__pause(); continue; }
+            pthread_mutex_lock(&p->mutex);
+            __atomic_fetch_add(&p->sleepers, 1, __ATOMIC_SEQ_CST);      /* before the look: the owner opens, then counts sleepers */
+            gate = __atomic_load_n(&p->gate, __ATOMIC_SEQ_CST);
+            if (!(gate & MFT__GATE_END) && (!(gate & MFT__GATE_OPEN) || gate / MFT__GATE_JOB == seen))
+                pthread_cond_wait(&p->work, &p->mutex);
+            __atomic_fetch_sub(&p->sleepers, 1, __ATOMIC_SEQ_CST);
+            pthread_mutex_unlock(&p->mutex);
+            spin = 0;
+            continue;
+        }
+        if (!__atomic_compare_exchange_n(&p->gate, &gate, gate + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) continue;
+        seen = gate / MFT__GATE_JOB;
+        mft__pool_run(p, w->index);
+        gate = __atomic_fetch_sub(&p->gate, 1, __ATOMIC_ACQ_REL);
+        if ((gate & MFT__GATE_OWNER_SLEEPS) && (gate & MFT__GATE_INSIDE) == 1) {
+            pthread_mutex_lock(&p->mutex);                              /* the owner is in its wait, or will see 0 */
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->mutex);
+        }
+        spin = 0;
+    }
+}
+
+/* fn over [0, n) in chunks of `grain`, the last one shorter, in any order on any thread of the
+ * context; returns when all are done. Not to be called from inside a task. */
+static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task fn, void *arg)
+{
+    mft__pool *p = ctx->pool;
+    uint32_t   gate;
+    int        sleepers, wake, spin;
+
+    if (n < 1) return;
+    if (grain < 1) grain = 1;
+    if (!p || n <= grain) {                                             /* the same chunks, one after the other */
+        int64_t i;
+        for (i = 0; i < n; i += grain) fn(arg, i, n - i > grain ? i + grain : n, 0);
+        return;
+    }
+    p->fn = fn; p->arg = arg; p->n = n; p->grain = grain;
+    p->n_chunks = (size_t)((n - 1) / grain + 1);
+    __atomic_store_n(&p->next, 0, __ATOMIC_RELAXED);
+    gate = __atomic_load_n(&p->gate, __ATOMIC_RELAXED);
+    gate = (gate / MFT__GATE_JOB + 1) * MFT__GATE_JOB + MFT__GATE_OPEN;
+    __atomic_store_n(&p->gate, gate, __ATOMIC_SEQ_CST);                 /* publishes the job */
+
+    sleepers = __atomic_load_n(&p->sleepers, __ATOMIC_SEQ_CST);
+    wake     = p->n_chunks - 1 < (size_t)p->wake ? (int)p->n_chunks - 1 : p->wake;
+    wake    -= p->n_workers - sleepers;                                 /* those awake come by themselves */
+    if (sleepers && wake > 0) {
+        pthread_mutex_lock(&p->mutex);
+        if (wake >= sleepers) pthread_cond_broadcast(&p->work);
+        else while (wake--) pthread_cond_signal(&p->work);
+        pthread_mutex_unlock(&p->mutex);
+    }
+    mft__pool_run(p, 0);
+
+    gate = __atomic_fetch_and(&p->gate, ~(uint32_t)MFT__GATE_OPEN, __ATOMIC_ACQ_REL);
+    for (spin = 0; (gate & MFT__GATE_INSIDE) && spin < p->spins; spin++) {
+        mft__pause();
+        gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
+    }
+    if (gate & MFT__GATE_INSIDE) {
+        pthread_mutex_lock(&p->mutex);
+        gate = __atomic_fetch_or(&p->gate, (uint32_t)MFT__GATE_OWNER_SLEEPS, __ATOMIC_ACQ_REL);
+        while (gate & MFT__GATE_INSIDE) {
+            pthread_cond_wait(&p->done, &p->mutex);
+            gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
+        }
+        pthread_mutex_unlock(&p->mutex);
+    }
+}
+
+static void mft__pool_destroy(mft_context *ctx)
+{
+    mft__pool *p = ctx->pool;
+    int        i;
+    if (!p) return;
+    pthread_mutex_lock(&p->mutex);
+    __atomic_fetch_or(&p->gate, (uint32_t)MFT__GATE_END, __ATOMIC_SEQ_CST);
+    pthread_cond_broadcast(&p->work);
+    pthread_mutex_unlock(&p->mutex);
+    for (i = 0; i < p->n_workers; i++) pthread_join(p->workers[i].thread, NULL);
+    pthread_cond_destroy(&p->done);
+    pthread_cond_destroy(&p->work);
+    pthread_mutex_destroy(&p->mutex);
+    mft__free(ctx, p, p->bytes);
+    ctx->pool = NULL;
+}
+
+/* ctx->n_threads - 1 workers; fails with OUT_OF_MEMORY, and then none is left. */
+static mft_status mft__pool_create(mft_context *ctx)
+{
+    int        cores = mft__cores();
+    size_t     bytes;
+    mft__pool *p;
+
+    if (!ctx->n_threads) ctx->n_threads = cores;
+    if (ctx->n_threads > MFT__MAX_THREADS) ctx->n_threads = MFT__MAX_THREADS;
+    if (ctx->n_threads == 1) return MFT_OK;
+    bytes = sizeof *p + (size_t)(ctx->n_threads - 1) * sizeof *p->workers;
+    p = (mft__pool *)mft__alloc_zero(ctx, bytes);
+    if (!p) return MFT_ERR_OUT_OF_MEMORY;
+    p->bytes   = bytes;
+    p->workers = (mft__worker *)(void *)(p + 1);
+    p->wake    = cores > 1 ? cores - 1 : 1;
+    p->spins   = ctx->n_threads > cores ? 1 : 1000;                     /* nobody spins on a core that another thread needs */
+    if (pthread_mutex_init(&p->mutex, NULL)) goto no_mutex;
+    if (pthread_cond_init(&p->work, NULL)) goto no_work;
+    if (pthread_cond_init(&p->done, NULL)) goto no_done;
+    ctx->pool = p;
+    while (p->n_workers < ctx->n_threads - 1) {
+        mft__worker *w = &p->workers[p->n_workers];
+        w->pool = p; w->index = p->n_workers + 1;
+        if (pthread_create(&w->thread, NULL, mft__worker_main, w)) {
+            mft__pool_destroy(ctx);
+            return mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "a thread could not be started");
+        }
+        p->n_workers++;
+    }
+    return MFT_OK;
+no_done:
+    pthread_cond_destroy(&p->work);
+no_work:
+    pthread_mutex_destroy(&p->mutex);
+no_mutex:
+    mft__free(ctx, p, bytes);
+    return mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "no lock for the threads");
+}
+
+#endif /* MFT_NO_THREADS */
+
+/* ==============================================================================
+ * MARK: - [ARENA] Memory of one step, from two ends
+ *
+ *   The forward pass takes from the low end, a stack: the backward pass pops it in reverse,
+ *   record by record. The backward pass takes gradients and temporaries from the high end, a
+ *   small heap, since a gradient lives from its tensor's last use to its first. Both live in
+ *   the same chunk, so that what one end gives back the other can take. Structs (tensors,
+ *   records) are not in here but in [meta] blocks, which stay until mft_step_reset: a consumed
+ *   tensor can still be looked at, and planning needs no memory for numbers.
+ *
+ *   rule  growing adds a chunk; the next mft_step_reset replaces several by one
+ * ============================================================================== */
+static size_t mft__round64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
+/* Planning's chunk: addresses from 64 on that nobody reads. */
+static char *mft__plan_base(void) { return (char *)(uintptr_t)64; }
+
+static int mft__arena_add(mft_context *ctx, size_t at_least)
+{
+    mft__arena *ar = &ctx->arena;
+    mft__chunk *c;
+    size_t      bytes = (size_t)1 << 20, total = 0;
+    char       *p;
+    int         i;
+
+    if (at_least > (size_t)-1 - 63) {                           /* rounding it up would wrap */
+        mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "%llu bytes do not fit an address space", (unsigned long long)at_least);
+        return 0;
+    }
+    if (ar->n_chunks == MFT__MAX_CHUNKS) {
+        mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "the step arena is in too many pieces (%d)", ar->n_chunks);
+        return 0;
+    }
+    for (i = 0; i < ar->n_chunks; i++) total += ar->chunks[i].size;
+    if (bytes < total) bytes = total;                           /* doubling */
+    if (bytes < at_least) bytes = mft__round64(at_least);
+    if (!MFT__RUNS(ctx)) { p = mft__plan_base(); bytes = (size_t)-1 / 4; }
+    else p = (char *)mft__alloc(ctx, bytes);
+    if (!p && bytes > at_least) { bytes = mft__round64(at_least); p = (char *)mft__alloc(ctx, bytes); }
+    if (!p) return 0;
+    c = &ar->chunks[ar->n_chunks++];
+    c->base = p; c->size = c->high = bytes; c->low = 0;
+    return 1;
+}
+
+static void mft__arena_took(mft__arena *ar, const mft__chunk *c, size_t bytes)
+{
+    size_t reach = c->low + (c->size - c->high);
+    ar->now += bytes;
+    if (ar->now > ar->peak) ar->peak = ar->now;
+    if (reach > ar->reach) ar->reach = reach;
+}
+
+static mft__mark mft__low_mark(const mft_context *ctx)
+{
+    mft__mark m;
+    m.chunk = ctx->arena.low_chunk;
+    m.low   = ctx->arena.n_chunks ? ctx->arena.chunks[m.chunk].low : 0;
+    return m;
+}
+
+/* Uninitialised bytes from the forward end, 64-aligned, until popped. NULL with a sentence. */
+static void *mft__low(mft_context *ctx, size_t bytes)
+{
+    mft__arena *ar = &ctx->arena;
+    mft__chunk *c;
+    bytes = mft__round64(bytes);
+    if (!ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+    c = &ar->chunks[ar->low_chunk];
+    while (c->high - c->low < bytes) {
+        if (ar->low_chunk + 1 == ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+        ar->low_chunk++;
+        c = &ar->chunks[ar->low_chunk];
+    }
+    c->low += bytes;
+    mft__arena_took(ar, c, bytes);
+    return c->base + c->low - bytes;
+}
+
+static void mft__low_pop(mft_context *ctx, mft__mark m)
+{
+    mft__arena *ar = &ctx->arena;
+    if (!ar->n_chunks) return;
+    while (ar->low_chunk > m.chunk) {
+        ar->now -= ar->chunks[ar->low_chunk].low;
+        ar->chunks[ar->low_chunk].low = 0;
+        ar->low_chunk--;
+    }
+    ar->now -= ar->chunks[m.chunk].low - m.low;
+    ar->chunks[m.chunk].low = m.low;
+}
+
+/* Uninitialised bytes from the backward end, 64-aligned, freed in any order. NULL with a sentence. */
+static void *mft__high(mft_context *ctx, size_t bytes)
+{
+    mft__arena *ar = &ctx->arena;
+    int         i, best = -1;
+    bytes = mft__round64(bytes ? bytes : 1);
+    for (i = 0; i < ar->n_holes; i++)                           /* best fit: sizes repeat from block to block */
+        if (ar->holes[i].bytes >= bytes && (best < 0 || ar->holes[i].bytes < ar->holes[best].bytes)) best = i;
+    if (best >= 0) {
+        mft__hole *h = &ar->holes[best];
+        char      *p = ar->chunks[h->chunk].base + h->at;
+        mft__arena_took(ar, &ar->chunks[h->chunk], bytes);
+        h->at += bytes; h->bytes -= bytes;
+        if (!h->bytes) *h = ar->holes[--ar->n_holes];
+        return p;
+    }
+    for (i = 0; ; i++) {
+        if (i == ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+        if (ar->chunks[i].high - ar->chunks[i].low >= bytes) break;
+    }
+    ar->chunks[i].high -= bytes;
+    mft__arena_took(ar, &ar->chunks[i], bytes);
+    return ar->chunks[i].base + ar->chunks[i].high;
+}
+
+static void mft__high_free(mft_context *ctx, void *p, size_t bytes)
+{
+    mft__arena *ar = &ctx->arena;
+    mft__chunk *c;
+    size_t      at;
+    int         i, chunk = 0;
+
+    if (!p) return;
+    bytes = mft__round64(bytes ? bytes : 1);
+    while (chunk < ar->n_chunks && ((char *)p < ar->chunks[chunk].base
+           || (char *)p >= ar->chunks[chunk].base + ar->chunks[chunk].size)) chunk++;
+    MFT_ASSERT(chunk < ar->n_chunks);
+    c  = &ar->chunks[chunk];
+    at = (size_t)((char *)p - c->base);
+    ar->now -= bytes;
+    for (i = 0; i < ar->n_holes; ) {                            /* grow over the holes that touch it */
+        mft__hole *h = &ar->holes[i];
+        if (h->chunk == chunk && (h->at + h->bytes == at || at + bytes == h->at)) {
+            if (h->at < at) at = h->at;
+            bytes += h->bytes;
+            *h = ar->holes[--ar->n_holes];
+            i = 0;
+        } else i++;
+    }
+    if (at == c->high) { c->high += bytes; return; }
+    if (ar->n_holes == MFT__MAX_HOLES) return;                  /* forgotten until the step ends */
+    ar->holes[ar->n_holes].chunk = chunk;
+    ar->holes[ar->n_holes].at    = at;
+    ar->holes[ar->n_holes].bytes = bytes;
+    ar->n_holes++;
+}
+
+MFT__UNUSED static size_t mft__arena_bytes(const mft_context *ctx)
+{
+    size_t bytes = 0;
+    int    i;
+    for (i = 0; i < ctx->arena.n_chunks; i++) bytes += ctx->arena.chunks[i].size;
+    return bytes;
+}
+
+/* Forgets all that is in the arena; chunks stay. */
+static void mft__arena_clear(mft__arena *ar)
+{
+    int i;
+    for (i = 0; i < ar->n_chunks; i++) { ar->chunks[i].low = 0; ar->chunks[i].high = ar->chunks[i].size; }
+    ar->low_chunk = ar->n_holes = 0;
+    ar->now = 0;
+}
+
+static void mft__arena_free(mft_context *ctx)
+{
+    mft__arena *ar = &ctx->arena;
+    while (ar->n_chunks) {
+        ar->n_chunks--;
+        if (MFT__RUNS(ctx)) mft__free(ctx, ar->chunks[ar->n_chunks].base, ar->chunks[ar->n_chunks].size);
+    }
+    mft__arena_clear(ar);
+}
+
+MFT_API mft_status mft_step_reserve(mft_context *ctx, size_t bytes)
+{
+    if (!ctx) return MFT_ERR_INVALID_ARGUMENT;
+    if (ctx->arena.now || ctx->tape) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_step_reserve: a step is under way");
+    if (ctx->arena.n_chunks == 1 && ctx->arena.chunks[0].size >= bytes) return MFT_OK;
+    mft__arena_free(ctx);
+    return mft__arena_add(ctx, bytes) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+/* ---- meta: structs of the step, zeroed, until mft_step_reset ---- */
+typedef struct mft__meta_block { struct mft__meta_block *next; size_t used, size; } mft__meta_block;
+
+static void *mft__meta(mft_context *ctx, size_t bytes)
+{
+    mft__meta_block *m = ctx->meta;
+    size_t           head = mft__round64(sizeof *m);
+    char            *p;
+    bytes = mft__round64(bytes);
+    if (!m || m->size - m->used < bytes) {
+        size_t size = (size_t)64 << 10;
+        if (size < head + bytes) size = head + bytes;
+        m = (mft__meta_block *)mft__alloc(ctx, size);
+        if (!m) return NULL;
+        m->next = ctx->meta; m->used = head; m->size = size;
+        ctx->meta = m;
+    }
+    p = (char *)m + m->used;
+    m->used += bytes;
+    memset(p, 0, bytes);
+    return p;
+}
+
+static void mft__meta_free(mft_context *ctx)
+{
+    while (ctx->meta) {
+        mft__meta_block *m = ctx->meta;
+        ctx->meta = m->next;
+        mft__free(ctx, m, m->size);
+    }
+}
+
+/* Several blocks become one, so that steps of one size allocate nothing. */
+static void mft__meta_clear(mft_context *ctx)
+{
+    mft__meta_block *m;
+    size_t           total = 0;
+    if (ctx->meta && ctx->meta->next) {
+        for (m = ctx->meta; m; m = m->next) total += m->size;
+        mft__meta_free(ctx);
+        if (!(m = (mft__meta_block *)mft__alloc(ctx, total))) return;       /* if not now, then when it is needed */
+        m->next = NULL; m->size = total;
+        ctx->meta = m;
+    }
+    if (ctx->meta) ctx->meta->used = mft__round64(sizeof *ctx->meta);
+}
+
+/* ==============================================================================
+ * MARK: - [TENSOR] Shapes, storage types
+ * ============================================================================== */
+typedef enum mft__tensor_kind { MFT__STEP_TENSOR, MFT__HELD_TENSOR, MFT__WRAPPED_TENSOR } mft__tensor_kind;
+
+/* What stands behind every mft_tensor. */
+typedef struct mft__tensor {
+    mft_tensor       t;                     /* first: a pointer to one is a pointer to the other     */
+    mft__tensor_kind kind;
+    mft__use         use;                   /* held: what its bytes count as                         */
+    size_t           bytes;                 /* taken for data: held from the allocator, step gradients from the high end */
+    mft_context     *ctx;
+    mft__object      object;                /* held and wrapped                                      */
+    struct mft__tensor *view_of;            /* shares its data and its gradient                      */
+    int64_t          view_offset;           /* elements from the start of that                       */
+    int              grad_written;          /* its gradient holds numbers to add to                  */
+    int              consumed;              /* a backward pass has been through it: its record and numbers are gone */
+} mft__tensor;
+
+static mft__tensor *mft__of(mft_tensor *t) { return (mft__tensor *)(void *)t; }
+
+MFT_API const char *mft_dtype_name(mft_dtype dtype)
+{
+    switch (dtype) {
+    case MFT_F32:  return "F32";
+    case MFT_F16:  return "F16";
+    case MFT_BF16: return "BF16";
+    case MFT_I32:  return "I32";
+    case MFT_I64:  return "I64";
+    case MFT_U8:   return "U8";
+    case MFT_Q8_0: return "Q8_0";
+    case MFT_Q4_0: return "Q4_0";
+    }
+    return "?";
+}
+
+MFT_API size_t mft_dtype_bytes(mft_dtype dtype, int64_t n)
+{
+    switch (dtype) {
+    case MFT_F32: case MFT_I32:  return (size_t)n * 4;
+    case MFT_F16: case MFT_BF16: return (size_t)n * 2;
+    case MFT_I64:  return (size_t)n * 8;
+    case MFT_U8:   return (size_t)n;
+    case MFT_Q8_0: return (size_t)n / 32 * 34;
+    case MFT_Q4_0: return (size_t)n / 32 * 18;
+    }
+    return 0;
+}
+
+static int mft__is_float(mft_dtype d) { return d == MFT_F32 || d == MFT_F16 || d == MFT_BF16; }
+static int mft__is_quantized(mft_dtype d) { return d == MFT_Q8_0 || d == MFT_Q4_0; }
+
+MFT_API int64_t mft_tensor_numel(const mft_tensor *t)
+{
+    int64_t n = 1;
+    int     i;
+    if (!t) return 0;
+    for (i = 0; i < t->ndim; i++) n *= t->shape[i];
+    return n;
+}
+
+MFT__UNUSED static int mft__is_contiguous(const mft_tensor *t)
+{
+    int64_t expect = 1;
+    int     i;
+    for (i = t->ndim - 1; i >= 0; i--) {
+        if (t->shape[i] != 1 && t->stride[i] != expect) return 0;
+        expect *= t->shape[i];
+    }
+    return 1;
+}
+
+MFT__UNUSED static int mft__same_shape(const mft_tensor *a, const mft_tensor *b)
+{
+    int i;
+    if (a->ndim != b->ndim) return 0;
+    for (i = 0; i < a->ndim; i++) if (a->shape[i] != b->shape[i]) return 0;
+    return 1;
+}
+
+/* "[2, 3]" into text, which has room for any shape. */
+typedef struct mft__shape_text { char s[4 * 22 + 4]; } mft__shape_text;
+MFT__UNUSED static const char *mft__shape(const mft_tensor *t, mft__shape_text *text)
+{
+    size_t at = 0;
+    int    i;
+    text->s[at++] = '[';
+    for (i = 0; i < t->ndim; i++)
+        at += (size_t)snprintf(text->s + at, sizeof text->s - at, "%s%lld", i ? ", " : "", (long long)t->shape[i]);
+    text->s[at++] = ']'; text->s[at] = '\0';
+    return text->s;
+}
+
+/* Fills dtype, shape and contiguous strides; *bytes is what the numbers take. 0 and a sentence if
+ * there is no such tensor. */
+static int mft__tensor_layout(mft_context *ctx, mft_tensor *t, mft_dtype dtype, int ndim, const int64_t *shape, size_t *bytes)
+{
+    const int64_t most = sizeof(size_t) < 8 ? (int64_t)1 << 27 : (int64_t)1 << 56;      /* elements: bytes cannot overflow */
+    int64_t n = 1;
+    int     i;
+    if (ndim < 0 || ndim > MFT_MAX_DIMS || (ndim && !shape)) {
+        mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "a tensor has 0 to %d dimensions, not %d", MFT_MAX_DIMS, ndim);
+        return 0;
+    }
+    t->dtype = dtype; t->ndim = ndim;
+    for (i = ndim - 1; i >= 0; i--) {
+        if (shape[i] < 1 || n > most / shape[i]) {
+            mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "dimension %d of a tensor is %lld: too small or too large", i, (long long)shape[i]);
+            return 0;
+        }
+        t->shape[i] = shape[i]; t->stride[i] = n;
+        n *= shape[i];
+    }
+    if (mft__is_quantized(dtype) && (!ndim || shape[ndim - 1] % 32)) {
+        mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "the last dimension of a %s tensor must be a multiple of 32", mft_dtype_name(dtype));
+        return 0;
+    }
+    *bytes = mft_dtype_bytes(dtype, n);
+    if (!*bytes) {
+        mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%d is no dtype", (int)dtype);
+        return 0;
+    }
+    return 1;
+}
+
+/* ---- step tensors ---- */
+
+/* A step tensor's struct, without numbers. */
+static mft_tensor *mft__tensor_struct(mft_context *ctx)
+{
+    mft__tensor *x = (mft__tensor *)mft__meta(ctx, sizeof *x);
+    if (!x) return NULL;
+    x->ctx = ctx;
+    return &x->t;
+}
+
+/* A step tensor with uninitialised f32 numbers at the forward end; a single number is kept until
+ * the step ends, so that a loss can be read after its backward pass. */
+static mft_tensor *mft__tensor_step(mft_context *ctx, int ndim, const int64_t *shape)
+{
+    size_t      bytes;
+    mft_tensor *t = mft__tensor_struct(ctx);
+    if (!t || !mft__tensor_layout(ctx, t, MFT_F32, ndim, shape, &bytes)) return NULL;
+    t->data = bytes == sizeof(float) ? mft__meta(ctx, bytes) : mft__low(ctx, bytes);
+    return t->data ? t : NULL;
+}
+
+/* ---- held tensors ---- */
+static void mft__tensor_destroy_object(void *self)
+{
+    mft__tensor *x = (mft__tensor *)(void *)((char *)self - offsetof(mft__tensor, object));
+    mft_context *ctx = x->ctx;
+    mft__object_remove(&x->object);
+    if (x->t.grad && !x->view_of) mft_tensor_destroy(ctx, x->t.grad);
+    if (x->kind == MFT__HELD_TENSOR) mft__free_as(ctx, x->use, x->t.data, x->bytes);
+    mft__free(ctx, x, sizeof *x);
+}
+
+/* borrowed NULL: zeroed numbers of its own, counted as `use`. It belongs to whoever asked, not to the context's list. */
+static mft_tensor *mft__tensor_held(mft_context *ctx, mft__use use, mft_dtype dtype, int ndim, const int64_t *shape, void *borrowed)
+{
+    mft__tensor *x = (mft__tensor *)mft__alloc_zero(ctx, sizeof *x);
+    if (!x) return NULL;
+    x->ctx = ctx; x->use = use;
+    x->kind = borrowed ? MFT__WRAPPED_TENSOR : MFT__HELD_TENSOR;
+    if (!mft__tensor_layout(ctx, &x->t, dtype, ndim, shape, &x->bytes)) { mft__free(ctx, x, sizeof *x); return NULL; }
+    x->t.data = borrowed ? borrowed : mft__alloc_as(ctx, use, x->bytes);
+    if (!x->t.data) { mft__free(ctx, x, sizeof *x); return NULL; }
+    /* a gradient is written before it is read; zeroing it here would touch memory that a plan only asks about */
+    if (!borrowed && use != MFT__GRADIENTS) memset(x->t.data, 0, x->bytes);
+    return &x->t;
+}
+
+/* The same for an app, which may leave it to the context's destroy. */
+static mft_tensor *mft__tensor_listed(mft_context *ctx, mft_tensor *t)
+{
+    if (t) mft__object_add(ctx, &mft__of(t)->object, mft__tensor_destroy_object);
+    return t;
+}
+
+static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status);     /* [TAPE]: a step without one of its tensors has failed */
+
+MFT_API mft_tensor *mft_tensor_create(mft_context *ctx, mft_lifetime life, mft_dtype dtype, int ndim, const int64_t *shape)
+{
+    size_t      bytes;
+    mft_tensor *t;
+    if (!ctx) return NULL;
+    if (life == MFT_HELD) return mft__tensor_listed(ctx, mft__tensor_held(ctx, MFT__OTHER, dtype, ndim, shape, NULL));
+    t = mft__tensor_struct(ctx);
+    if (t && !mft__tensor_layout(ctx, t, dtype, ndim, shape, &bytes)) return mft__op_failed(ctx, MFT_ERR_INVALID_ARGUMENT);
+    if (t) t->data = mft__low(ctx, bytes);
+    if (!t || !t->data) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    if (MFT__RUNS(ctx)) memset(t->data, 0, bytes);
+    return t;
+}
+
+MFT_API mft_tensor *mft_tensor_wrap(mft_context *ctx, mft_dtype dtype, int ndim, const int64_t *shape, void *borrowed)
+{
+    if (!ctx || !borrowed) return NULL;
+    return mft__tensor_listed(ctx, mft__tensor_held(ctx, MFT__OTHER, dtype, ndim, shape, borrowed));
+}
+
+MFT_API void mft_tensor_destroy(mft_context *ctx, mft_tensor *t)
+{
+    if (!ctx || !t || mft__of(t)->kind == MFT__STEP_TENSOR) return;
+    mft__tensor_destroy_object(&mft__of(t)->object);
+}
+
+/* ---- storage types ---- */
+static float mft__bits_to_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static uint32_t mft__float_to_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+static float mft__bf16_to_float(uint16_t h) { return mft__bits_to_float((uint32_t)h << 16); }
+
+static uint16_t mft__float_to_bf16(float f)                     /* nearest, ties to even; NaN stays NaN */
+{
+    uint32_t u = mft__float_to_bits(f);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((u >> 16) | 0x40);
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+/* The exponent is moved over by a product with 2^112, which puts subnormals right as well. */
+static float mft__f16_to_float(uint16_t h)
+{
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13;
+    float    f;
+    if ((h & 0x7c00) == 0x7c00) return mft__bits_to_float(sign | 0x7f800000u | rest);
+    f = mft__bits_to_float(rest) * 5.192296858534828e33f;
+    return mft__bits_to_float(sign | mft__float_to_bits(f));
+}
+
+static uint16_t mft__float_to_f16(float f)                      /* nearest, ties to even; overflow to infinity */
+{
+    uint32_t u = mft__float_to_bits(f), sign = (u >> 16) & 0x8000, a = u & 0x7fffffffu;
+    if (a > 0x7f800000u) return (uint16_t)(sign | 0x7e00);
+    if (a >= 0x477ff000u) return (uint16_t)(sign | 0x7c00);
+    if (a < 0x38800000u) {                                      /* subnormal: the adder rounds at 2^-24 for us */
+        float g = mft__bits_to_float(a) + 0.5f;
+        return (uint16_t)(sign | (mft__float_to_bits(g) - 0x3f000000u));
+    }
+    return (uint16_t)(sign | ((a + 0xfff + ((a >> 13) & 1) - 0x38000000u) >> 13));
+}
+
+/* dst = src as f32; n elements, for quantised types a multiple of 32. Integers become the nearest float. */
+static void mft__to_float(float *dst, const void *src, mft_dtype dtype, int64_t n)
+{
+    int64_t i;
+    int     k;
+    switch (dtype) {
+    case MFT_F32:  memcpy(dst, src, (size_t)n * 4); return;
+    case MFT_F16:  for (i = 0; i < n; i++) dst[i] = mft__f16_to_float(((const uint16_t *)src)[i]); return;
+    case MFT_BF16: for (i = 0; i < n; i++) dst[i] = mft__bf16_to_float(((const uint16_t *)src)[i]); return;
+    case MFT_I32:  for (i = 0; i < n; i++) dst[i] = (float)((const int32_t *)src)[i]; return;
+    case MFT_I64:  for (i = 0; i < n; i++) dst[i] = (float)((const int64_t *)src)[i]; return;
+    case MFT_U8:   for (i = 0; i < n; i++) dst[i] = (float)((const uint8_t *)src)[i]; return;
+    case MFT_Q8_0:
+        for (i = 0; i < n / 32; i++) {
+            const uint8_t *b = (const uint8_t *)src + i * 34;
+            float scale = mft__f16_to_float((uint16_t)(b[0] | b[1] << 8));
+            for (k = 0; k < 32; k++) dst[i * 32 + k] = scale * (float)(int8_t)b[2 + k];
+        }
+        return;
+    case MFT_Q4_0:
+        for (i = 0; i < n / 32; i++) {
+            const uint8_t *b = (const uint8_t *)src + i * 18;
+            float scale = mft__f16_to_float((uint16_t)(b[0] | b[1] << 8));
+            for (k = 0; k < 16; k++) {
+                dst[i * 32 + k]      = scale * (float)((b[2 + k] & 15) - 8);
+                dst[i * 32 + 16 + k] = scale * (float)((b[2 + k] >> 4) - 8);
+            }
+        }
+        return;
+    }
+}
+
+/* dst (f32, f16 or bf16) = src */
+static void mft__from_float(void *dst, mft_dtype dtype, const float *src, int64_t n)
+{
+    int64_t i;
+    if (dtype == MFT_F32)  memcpy(dst, src, (size_t)n * 4);
+    if (dtype == MFT_F16)  for (i = 0; i < n; i++) ((uint16_t *)dst)[i] = mft__float_to_f16(src[i]);
+    if (dtype == MFT_BF16) for (i = 0; i < n; i++) ((uint16_t *)dst)[i] = mft__float_to_bf16(src[i]);
+}
+
+MFT_API float mft_tensor_item(const mft_tensor *t)
+{
+    float f;
+    if (!t || !t->data || mft_tensor_numel(t) != 1 || mft__is_quantized(t->dtype)) return mft__bits_to_float(0x7fc00000u);
+    mft__to_float(&f, t->data, t->dtype, 1);
+    return f;
+}
+
+/* Walks the rows (last dimension) of a tensor: the offset in elements of row r. */
+static int64_t mft__row_offset(const mft_tensor *t, int64_t r)
+{
+    int64_t at = 0;
+    int     i;
+    for (i = t->ndim - 2; i >= 0; i--) { at += r % t->shape[i] * t->stride[i]; r /= t->shape[i]; }
+    return at;
+}
+
+MFT_API mft_status mft_tensor_copy(mft_context *ctx, mft_tensor *dst, const mft_tensor *src)
+{
+    mft__shape_text a, b;
+    int64_t rows, cols, r, c, i;
+    float   part[64];
+
+    if (!ctx || !dst || !src || !dst->data || !src->data) return MFT_ERR_INVALID_ARGUMENT;
+    if (!mft__same_shape(dst, src))
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_tensor_copy: %s into %s", mft__shape(src, &a), mft__shape(dst, &b));
+    if (dst->dtype != src->dtype && (!mft__is_float(dst->dtype) || !(mft__is_float(src->dtype) || mft__is_quantized(src->dtype))))
+        return mft__fail(ctx, MFT_ERR_UNSUPPORTED, "mft_tensor_copy: %s into %s", mft_dtype_name(src->dtype), mft_dtype_name(dst->dtype));
+    if (dst->dtype == src->dtype && mft__is_contiguous(dst) && mft__is_contiguous(src)) {
+        memmove(dst->data, src->data, mft_dtype_bytes(src->dtype, mft_tensor_numel(src)));
+        return MFT_OK;
+    }
+    cols = src->ndim ? src->shape[src->ndim - 1] : 1;
+    rows = mft_tensor_numel(src) / cols;
+    for (r = 0; r < rows; r++) {
+        int64_t so = mft__row_offset(src, r), ss = src->ndim ? src->stride[src->ndim - 1] : 1;
+        int64_t d_o = mft__row_offset(dst, r), ds = dst->ndim ? dst->stride[dst->ndim - 1] : 1;
+        size_t  dsize = mft_dtype_bytes(dst->dtype, 1);
+        for (c = 0; c < cols; c += 64) {
+            int64_t n = cols - c < 64 ? cols - c : 64;
+            if (mft__is_quantized(src->dtype))                  /* contiguous, and whole blocks in a piece of 64 */
+                mft__to_float(part, (const char *)src->data + mft_dtype_bytes(src->dtype, so + c), src->dtype, n);
+            for (i = 0; i < n; i++) {
+                const char *s = (const char *)src->data + mft_dtype_bytes(src->dtype, 1) * (size_t)(so + (c + i) * ss);
+                char       *d = (char *)dst->data + dsize * (size_t)(d_o + (c + i) * ds);
+                if (dst->dtype == src->dtype) { memcpy(d, s, dsize); continue; }
+                if (!mft__is_quantized(src->dtype)) mft__to_float(&part[i], s, src->dtype, 1);
+                mft__from_float(d, dst->dtype, &part[i], 1);
+            }
+        }
+    }
+    return MFT_OK;
+}
+
+/* ==============================================================================
+ * MARK: - [RANDOM] Bits from counters: the same on every machine, in any order
+ *
+ *   Philox 2x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+ *   a key (seed) and a counter give 64 bits, without state.
+ * ============================================================================== */
+MFT__UNUSED static uint64_t mft__random(uint64_t seed, uint64_t stream, uint64_t counter)
+{
+    /* 96 bits of input into a 64-bit counter and a 32-bit key: the stream is mixed into both */
+    uint64_t mixed = (stream + 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u ^ seed * 0x94d049bb133111ebu;
+    uint32_t x0 = (uint32_t)counter, x1 = (uint32_t)(counter >> 32) ^ (uint32_t)mixed;
+    uint32_t key = (uint32_t)(mixed >> 32) ^ (uint32_t)seed;
+    int      round;
+    for (round = 0; round < 10; round++) {
+        uint64_t p = (uint64_t)0xd256d193u * x0;
+        x0 = (uint32_t)(p >> 32) ^ key ^ x1;
+        x1 = (uint32_t)p;
+        key += 0x9e3779b9u;
+    }
+    return (uint64_t)x1 << 32 | x0;
+}
+
+MFT__UNUSED static double mft__uniform(uint64_t bits) { return (double)(bits >> 11) * (1.0 / 9007199254740992.0); }   /* [0, 1) */
+
+/* ==============================================================================
+ * MARK: - [KERNEL] The inner loops, once per instruction set
+ *
+ *   in    pointers and lengths; shapes are checked, memory is taken before
+ *   out   numbers
+ *   rule  a row is complete: where a set has nothing faster it names the portable function;
+ *         the context points at a row, no global does. Rows may differ in the last bits;
+ *         within a row the result does not depend on the number of threads.
+ * ============================================================================== */
+typedef enum mft__activation { MFT__GELU_TANH, MFT__GELU_ERF, MFT__SILU, MFT__RELU, MFT__TANH } mft__activation;
+
+/* An operand where it lies: element (r, c) is r * row_stride + c * col_stride elements from data.
+ * One of the strides is 1; a quantised one has col_stride 1 and rows of whole blocks. */
+typedef struct mft__matrix { const void *data; mft_dtype dtype; int64_t row_stride, col_stride; } mft__matrix;
+
+/* Constants of one AdamW update, see [OPTIMIZER]. */
+typedef struct mft__adamw { float lr_over_c1, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inv_sqrt_c2, grad_scale; } mft__adamw;
+
+/* One product as the rows see it: c[i, l] (swapped: c[l, i]) over the rows i of s, of which numbers are
+ * read one by one, and the rows l of v, which are the lanes of vectors. Columns of both are k. */
+typedef struct mft__gemm_job {
+    const struct mft__gemm_row *row;
+    mft__matrix  s, v;
+    int64_t      s_count, v_begin, v_count, k;     /* v_begin: the block of lanes at hand      */
+    int          s_terms, v_terms;                 /* bf16 terms of each number; floats: 1     */
+    float        alpha;
+    const float *bias;                             /* along n, the columns of c                */
+    float       *c;
+    int64_t      ldc;
+    int          swapped, add;
+    float       *packed;                           /* the block of v in panels                 */
+    char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
+    size_t       scratch_bytes;
+} mft__gemm_job;
+
+/* A strip of s against the panels of v, over one block of k. Both are made of cells of 32 bits: a float,
+ * or a pair of bf16 neighbours in k. */
+typedef struct mft__gemm_strip {
+    int64_t      h, lanes, cells;
+    float       *tile;                             /* [h][ld] sums, added to if `add`          */
+    int64_t      ld;
+    int          add, by_row;                      /* s is [row][MFT__STRIDE], else [k][height] */
+    const float *s, *v;
+    int64_t      s_term, v_step, v_panel;          /* from a term of s, a cell of v, a panel to the next; pairs and terms
+                                                      are always packed, so there v_step is lanes */
+    int          s_terms, v_terms;
+} mft__gemm_strip;
+
+enum { MFT__KC      = 256,                         /* k goes in blocks: a strip of s stays in the first cache */
+       MFT__STRIDE  = MFT__KC + 16,                /* no power of two: rows of a strip share no cache set */
+       MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
+       MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
+       MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512 };
+
+typedef struct mft__gemm_row {
+    int       height, lanes, width;                /* rows of a strip, lanes of a panel, of a vector */
+    int       k_step;                              /* cells are floats: 1; else pairs, and k is filled up to a multiple */
+    int       max_products;                        /* of bf16 terms, for which this is faster than floats; 0: one term only */
+    void    (*strip)(const mft__gemm_strip *x);
+    mft__task pack, tiles, columns, dots, sums;    /* of a mft__gemm_job, see mft__gemm        */
+} mft__gemm_row;
+
+static int64_t mft__min64(int64_t a, int64_t b) { return a < b ? a : b; }
+MFT__UNUSED static int mft__min_int(int a, int b) { return a < b ? a : b; }
+static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return row->k_step > 1 ? mft__round_up(kc, row->k_step) / 2 : kc; }
+
+typedef struct mft__kernels {
+    const char *name;
+    int    (*usable)(void);
+    /* storage */
+    void   (*to_float)  (float *dst, const void *src, mft_dtype dtype, int64_t n);
+    void   (*from_float)(void *dst, mft_dtype dtype, const float *src, int64_t n);
+    /* vectors */
+    float  (*dot)        (const float *a, const float *b, int64_t n);
+    void   (*axpy)       (float *y, float alpha, const float *x, int64_t n);                 /* y += alpha x     */
+    void   (*add)        (float *y, const float *a, const float *b, int64_t n);              /* y = a + b        */
+    void   (*mul)        (float *y, const float *a, const float *b, int64_t n);              /* y = a b          */
+    void   (*mul_add)    (float *y, const float *a, const float *b, int64_t n);              /* y += a b         */
+    void   (*scale)      (float *y, float s, const float *x, int64_t n);                     /* y = s x          */
+    double (*sum)        (const float *x, int64_t n);                                        /* in double        */
+    double (*sum_squares)(const float *x, int64_t n);                                        /* in double        */
+    float  (*max)        (const float *x, int64_t n);                                        /* NaN if any is    */
+    float  (*exp_sum)    (float *y, const float *x, float shift, int64_t n);                 /* y = exp(x - shift), returns sum y; y may be x */
+    /* activations */
+    void   (*act)          (mft__activation f, float *y, const float *x, int64_t n);                       /* y = f(x)         */
+    void   (*act_backward) (mft__activation f, float *dx, const float *dy, const float *x, int64_t n);     /* dx += dy f'(x)   */
+    void   (*gate)         (mft__activation f, float *y, const float *g, const float *u, int64_t n);       /* y = f(g) u       */
+    void   (*gate_backward)(mft__activation f, float *dg, float *du, const float *dy,                      /* either may be NULL */
+                            const float *g, const float *u, int64_t n);                                    /* dg += dy u f'(g), du += dy f(g) */
+    /* one row of a norm; backward adds, dx dw db may be NULL */
+    float  (*rms_norm)           (float *y, const float *x, const float *w, float offset, float eps, int64_t n);       /* returns r */
+    void   (*rms_norm_backward)  (float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n);
+    float  (*layer_norm)         (float *y, const float *x, const float *w, const float *b, float eps, int64_t n, float *out_mean);  /* returns r */
+    void   (*layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n);
+    /* y[i] = x[i] c[i] - x[i+h] s[i],  y[i+h] = x[i+h] c[i] + x[i] s[i];  add: y += ; y may be x when add is 0 */
+    void   (*rope)       (float *y, const float *x, const float *c, const float *s, int64_t h, int add);
+    void   (*adamw)      (float *p, float *m, float *v, const float *g, int64_t n, const mft__adamw *k);
+    const mft__gemm_row *gemm[2];                          /* by precision; [1] may be [0]        */
+    const mft__gemm_row *split;                            /* f32 of several bf16 terms, or NULL  */
+    int cblas;                                             /* f32 products go to cblas_sgemm      */
+} mft__kernels;
+
+/* ---- the vocabulary of each row; the bodies, and what the words mean, stand in [ROWS] ---- */
+#if defined(__FAST_MATH__)
+#  error "mft tells NaN and infinity from numbers: compile this file without -ffast-math"
+#endif
+#if defined(__clang__)
+#  define MFT__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#  define MFT__UNROLL _Pragma("GCC unroll 16")
+#endif
+#ifndef MFT_SELF
+#  define MFT_SELF "mft.h"                  /* this file's name, if it was given another */
+#endif
+#if !defined(MFT_NO_SIMD) && defined(__x86_64__)
+#  include <immintrin.h>
+#  define MFT__HAVE_AVX2
+#  if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 9)
+#    define MFT__HAVE_AVX512
+#  endif
+#  if (defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10)
+#    define MFT__HAVE_AVX512BF16
+#  endif
+#  if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)
+#    include <cpuid.h>
+#    define MFT__HAVE_AMX
+#  endif
+#endif
+#if !defined(MFT_NO_SIMD) && defined(__aarch64__)
+#  include <arm_neon.h>
+#  define MFT__HAVE_NEON
+#  if defined(__clang__) && __clang_major__ >= 12
+#    define MFT__HAVE_NEON_BF16
+#    define MFT__NEON_BF16_TARGET __attribute__((target("bf16")))
+#    define MFT__NEON_BF16_ASM
+#  elif !defined(__clang__) && __GNUC__ >= 10
+#    define MFT__HAVE_NEON_BF16
+#    define MFT__NEON_BF16_TARGET
+#    define MFT__NEON_BF16_ASM ".arch_extension bf16\n\t"
+#  endif
+#  if defined(__linux__)
+#    include <sys/auxv.h>
+#  elif defined(__APPLE__)
+#    include <sys/sysctl.h>
+#  endif
+#endif
+#define MFT__GLUE_(a, b) a##b
+#define MFT__GLUE(a, b)  MFT__GLUE_(a, b)
+
+/* Any machine: four lanes, which the compiler spells in SSE2, NEON or single numbers. */
+typedef float mft__v_portable __attribute__((vector_size(16)));
+
+MFT__UNUSED static mft__v_portable mft__load_portable(const float *p) { mft__v_portable v; memcpy(&v, p, sizeof v); return v; }
+MFT__UNUSED static void            mft__store_portable(float *p, mft__v_portable v) { memcpy(p, &v, sizeof v); }
+MFT__UNUSED static mft__v_portable mft__set1_portable(float x) { mft__v_portable v = { x, x, x, x }; return v; }
+MFT__UNUSED static mft__v_portable mft__sqrt_portable(mft__v_portable v)
+{
+    mft__v_portable r = { sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3]) };
+    return r;
+}
+MFT__UNUSED static mft__v_portable mft__zip_lo_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[0], b[0], a[1], b[1] }; return r; }
+MFT__UNUSED static mft__v_portable mft__zip_hi_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[2], b[2], a[3], b[3] }; return r; }
+MFT__UNUSED static mft__v_portable mft__load_f16_portable(const uint16_t *p)
+{
+    mft__v_portable r = { mft__f16_to_float(p[0]), mft__f16_to_float(p[1]), mft__f16_to_float(p[2]), mft__f16_to_float(p[3]) };
+    return r;
+}
+static int mft__usable_always(void) { return 1; }
+
+#define MFT__ROW                portable
+#define MFT__TARGET
+#define MFT__V                  mft__v_portable
+#define MFT__W                  4
+#define MFT__H                  6           /* 6 x 2 sums, 2 vectors and a number: 15 of 16 registers */
+#define MFT__P                  2
+#define MFT__LOAD(p)            mft__load_portable(p)
+#define MFT__STORE(p, v)        mft__store_portable(p, v)
+#define MFT__SET1(x)            mft__set1_portable(x)
+#define MFT__FMA(a, b, c)       ((a) * (b) + (c))
+#define MFT__SQRT(v)            mft__sqrt_portable(v)
+#define MFT__ZIP_LO(a, b)       mft__zip_lo_portable(a, b)
+#define MFT__ZIP_HI(a, b)       mft__zip_hi_portable(a, b)
+#define MFT__LOAD_F16(p)        mft__load_f16_portable(p)
+#define MFT__STORE_F16(p, v)    mft__store_f16_portable(p, v)
+MFT__UNUSED static void mft__store_f16_portable(uint16_t *p, mft__v_portable v) { int i; for (i = 0; i < 4; i++) p[i] = mft__float_to_f16(v[i]); }
+#include MFT_SELF
+
+#ifdef MFT__HAVE_AVX2
+/* f16c, which not every compiler can ask for, is older than avx2 and in every processor that has it */
+static int mft__usable_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+/* AVX2 unpacks within halves: the halves are put in order after. */
+#define MFT__ROW                avx2
+#define MFT__TARGET             __attribute__((target("avx2,fma,f16c")))
+#define MFT__V                  __m256
+#define MFT__W                  8
+#define MFT__H                  6           /* as portable: 12 sums keep two FMA units busy at 4 to 5 cycles each */
+#define MFT__P                  2
+#define MFT__LOAD(p)            _mm256_loadu_ps(p)
+#define MFT__STORE(p, v)        _mm256_storeu_ps(p, v)
+#define MFT__SET1(x)            _mm256_set1_ps(x)
+#define MFT__FMA(a, b, c)       _mm256_fmadd_ps(a, b, c)
+#define MFT__SQRT(v)            _mm256_sqrt_ps(v)
+#define MFT__ZIP_LO(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20)
+#define MFT__ZIP_HI(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31)
+#define MFT__LOAD_F16(p)        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+#define MFT__STORE_F16(p, v)    _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, 0))
+#include MFT_SELF
+#endif
+
+#ifdef MFT__HAVE_AVX512
+static int mft__usable_avx512(void)
+{
+    return mft__usable_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#define MFT__ROW                avx512
+#define MFT__TARGET             __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define MFT__V                  __m512
+#define MFT__W                  16
+#define MFT__H                  12          /* 24 sums, 2 vectors and a number: 27 of 32 registers */
+#define MFT__P                  2
+#define MFT__LOAD(p)            _mm512_loadu_ps(p)
+#define MFT__STORE(p, v)        _mm512_storeu_ps(p, v)
+#define MFT__SET1(x)            _mm512_set1_ps(x)
+#define MFT__FMA(a, b, c)       _mm512_fmadd_ps(a, b, c)
+#define MFT__SQRT(v)            _mm512_maskz_sqrt_ps(0xffff, v)       /* maskz: gcc 12 warns of the plain ones' undefined operand */
+#define MFT__ZIP_LO(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b)
+#define MFT__ZIP_HI(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b)
+#define MFT__LOAD_F16(p)        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p)))
+#define MFT__STORE_F16(p, v)    _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_maskz_cvtps_ph(0xffff, v, 0))
+#ifdef MFT__HAVE_AVX512BF16
+static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#define MFT__STRIP_ONLY
+#define MFT__STRIP              mft__strip_avx512bf16
+#define MFT__STRIP_TARGET       __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define MFT__STEP(x, b, c)      _mm512_dpbf16_ps(c, (__m512bh)(x), (__m512bh)(b))
+#include MFT_SELF
+#endif
+#include MFT_SELF
+#endif
+
+#ifdef MFT__HAVE_NEON                       /* part of every arm64 */
+#define MFT__ROW                neon
+#define MFT__TARGET
+#define MFT__V                  float32x4_t
+#define MFT__W                  4
+#define MFT__H                  6           /* 24 sums, 4 vectors and a number: 29 of 32 registers */
+#define MFT__P                  4
+#define MFT__LOAD(p)            vld1q_f32(p)
+#define MFT__STORE(p, v)        vst1q_f32(p, v)
+#define MFT__SET1(x)            vdupq_n_f32(x)
+#define MFT__FMA(a, b, c)       vfmaq_f32(c, a, b)
+#define MFT__SQRT(v)            vsqrtq_f32(v)
+#define MFT__ZIP_LO(a, b)       vzip1q_f32(a, b)
+#define MFT__ZIP_HI(a, b)       vzip2q_f32(a, b)
+#define MFT__LOAD_F16(p)        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define MFT__STORE_F16(p, v)    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)))
+#include MFT_SELF
+#endif
+
+/* ---- strips of bf16 terms on matrix units ---- */
+
+#ifdef MFT__HAVE_AMX
+/* Asks Linux for the tile registers (arch_prctl, by number: no header has it on older systems); granted
+ * once, it holds for all threads of the process. */
+static int mft__usable_amx(void)
+{
+#if defined(MFT__AMX_STAND_IN)
+    return mft__usable_avx512();
+#elif defined(__linux__)
+    unsigned a, b, c, d;
+    long     r = 158;                                           /* arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) */
+    if (!mft__usable_avx512()) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return 0;      /* amx-bf16, amx-tile */
+    __asm__ __volatile__("syscall" : "+a"(r) : "D"(0x1023L), "S"(18L) : "rcx", "r11", "memory");
+    return r == 0;
+#else
+    return 0;
+#endif
+}
+
+/* The seven instructions used; a test without the hardware puts functions in their place. */
+#ifndef MFT__AMX_STAND_IN
+#  define MFT__TILE_CONFIG(c)         _tile_loadconfig(c)
+#  define MFT__TILE_RELEASE()         _tile_release()
+#  define MFT__TILE_ZERO(t)           _tile_zero(t)
+#  define MFT__TILE_LOAD(t, p, pitch) _tile_loadd(t, p, pitch)
+#  define MFT__TILE_STORE(t, p, pitch) _tile_stored(t, p, pitch)
+#  define MFT__TILE_BF16(c, a, b)     _tile_dpbf16ps(c, a, b)
+#  define MFT__AMX_TARGET             __attribute__((target("amx-tile,amx-bf16")))
+#endif
+
+/* 32 rows x 32 lanes of sums in tiles 0 to 3; 16 x 32 numbers of s in 4 and 5, of v in 6 and 7. Each pair of
+ * loads feeds four products. Of three terms by three only those that matter in f32 are taken: i + j < 3. */
+MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
+{
+    struct { uint8_t palette, start, none[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+    int64_t l, p, pitch = MFT__STRIDE * 4;
+    int     i, j, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms, low = x->h > 16;
+    memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (i = 0; i < 8; i++) { config.row_bytes[i] = 64; config.rows[i] = 16; }
+    MFT__TILE_CONFIG(&config);
+    for (l = 0; l < x->lanes; l += 32) {
+        const float *v = x->v + l * x->cells * x->v_terms;
+        float       *t = x->tile + l;
+        int64_t      down = 16 * x->ld;
+        int          right = x->lanes - l > 16;
+        if (x->add) {
+            MFT__TILE_LOAD(0, t, x->ld * 4);
+            if (right)        MFT__TILE_LOAD(1, t + 16, x->ld * 4);
+            if (low)          MFT__TILE_LOAD(2, t + down, x->ld * 4);
+            if (low && right) MFT__TILE_LOAD(3, t + down + 16, x->ld * 4);
+        } else { MFT__TILE_ZERO(0); MFT__TILE_ZERO(1); MFT__TILE_ZERO(2); MFT__TILE_ZERO(3); }
+        for (p = 0; p < x->cells; p += 16) for (j = x->v_terms - 1; j >= 0; j--) {
+            const float *b = v + (j * x->cells + p) * 32;
+            MFT__TILE_LOAD(6, b, 128);
+            if (right) MFT__TILE_LOAD(7, b + 16, 128);
+            for (i = mft__min_int(x->s_terms, n - j) - 1; i >= 0; i--) {        /* small terms first */
+                const float *a = x->s + i * x->s_term + p;
+                MFT__TILE_LOAD(4, a, pitch);
+                MFT__TILE_BF16(0, 4, 6);
+                if (right) MFT__TILE_BF16(1, 4, 7);
+                if (!low) continue;
+                MFT__TILE_LOAD(5, a + 16 * MFT__STRIDE, pitch);
+                MFT__TILE_BF16(2, 5, 6);
+                if (right) MFT__TILE_BF16(3, 5, 7);
+            }
+        }
+        MFT__TILE_STORE(0, t, x->ld * 4);
+        if (right)        MFT__TILE_STORE(1, t + 16, x->ld * 4);
+        if (low)          MFT__TILE_STORE(2, t + down, x->ld * 4);
+        if (low && right) MFT__TILE_STORE(3, t + down + 16, x->ld * 4);
+    }
+    MFT__TILE_RELEASE();
+}
+#endif
+
+#ifdef MFT__HAVE_NEON_BF16
+static int mft__usable_neon_bf16(void)
+{
+#if defined(__linux__)
+    return (getauxval(26) >> 14 & 1) != 0;                      /* AT_HWCAP2, HWCAP2_BF16 */
+#elif defined(__APPLE__)
+    int    has = 0;
+    size_t bytes = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, NULL, 0) == 0 && has;
+#else
+    return 0;
+#endif
+}
+
+/* c (2 x 2) += a (2 x 4) b^T (2 x 4), written for the assembler: headers offer it under compiler flags only */
+MFT__NEON_BF16_TARGET static inline float32x4_t mft__bfmmla(float32x4_t c, float32x4_t a, float32x4_t b)
+{
+    __asm__(MFT__NEON_BF16_ASM "bfmmla %0.4s, %1.8h, %2.8h" : "+w"(c) : "w"(a), "w"(b));
+    return c;
+}
+
+/* 8 rows x 8 lanes: 16 sums of 2 x 2, 4 vectors of lanes, 1 of rows. Panels hold pairs in k by lane: two
+ * such vectors zipped are the four k of two lanes that the instruction wants. */
+MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
+{
+    float32x4_t c[4][4], b[4], a, v0, v1, w0, w1;
+    int64_t     l, p;
+    int         i, j, r, q, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms;
+    for (l = 0; l < x->lanes; l += 8) {
+        const float *panel = x->v + l / 16 * 16 * x->cells * x->v_terms + l % 16;
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) {
+            MFT__UNROLL
+            for (q = 0; q < 4; q++) c[r][q] = vdupq_n_f32(0);
+        }
+        for (j = x->v_terms - 1; j >= 0; j--) for (i = mft__min_int(x->s_terms, n - j) - 1; i >= 0; i--) {
+            const float *v = panel + j * x->cells * 16, *s = x->s + i * x->s_term;
+            for (p = 0; p < x->cells; p += 2, v += 32, s += 2) {
+                v0 = vld1q_f32(v);      v1 = vld1q_f32(v + 4);
+                w0 = vld1q_f32(v + 16); w1 = vld1q_f32(v + 20);
+                b[0] = vzip1q_f32(v0, w0); b[1] = vzip2q_f32(v0, w0);
+                b[2] = vzip1q_f32(v1, w1); b[3] = vzip2q_f32(v1, w1);
+                MFT__UNROLL
+                for (r = 0; r < 4; r++) {
+                    a = vcombine_f32(vld1_f32(s + 2 * r * MFT__STRIDE), vld1_f32(s + (2 * r + 1) * MFT__STRIDE));
+                    MFT__UNROLL
+                    for (q = 0; q < 4; q++) c[r][q] = mft__bfmmla(c[r][q], a, b[q]);
+                }
+            }
+        }
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) {
+            MFT__UNROLL
+            for (q = 0; q < 4; q += 2) {
+                float *t = x->tile + 2 * r * x->ld + l + 2 * q;
+                v0 = vcombine_f32(vget_low_f32(c[r][q]),  vget_low_f32(c[r][q + 1]));
+                v1 = vcombine_f32(vget_high_f32(c[r][q]), vget_high_f32(c[r][q + 1]));
+                if (x->add) { v0 = vaddq_f32(v0, vld1q_f32(t)); v1 = vaddq_f32(v1, vld1q_f32(t + x->ld)); }
+                vst1q_f32(t, v0); vst1q_f32(t + x->ld, v1);
+            }
+        }
+    }
+}
+#endif
+
+/* ---- the table ---- */
+#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row
+#define MFT__VECTORS_OF(row) mft__to_float_##row, mft__from_float_##row,                                                          \
+    mft__dot_##row, mft__axpy_##row, mft__add_##row, mft__mul_##row, mft__mul_add_##row, mft__scale_##row,                        \
+    mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
+    mft__act_##row, mft__act_backward_##row, mft__gate_##row, mft__gate_backward_##row,                                           \
+    mft__rms_norm_##row, mft__rms_norm_backward_##row, mft__layer_norm_##row, mft__layer_norm_backward_##row,                     \
+    mft__rope_##row, mft__adamw_##row
+
+/*                                                     height lanes width k_step products */
+static const mft__gemm_row mft__gemm_portable     = {  6,     8,    4,    1,     0, mft__strip_portable,   MFT__TASKS_OF(portable) };
+#ifdef MFT__HAVE_AVX2
+static const mft__gemm_row mft__gemm_avx2         = {  6,     16,   8,    1,     0, mft__strip_avx2,       MFT__TASKS_OF(avx2)     };
+#endif
+#ifdef MFT__HAVE_AVX512
+static const mft__gemm_row mft__gemm_avx512       = { 12,     32,   16,   1,     0, mft__strip_avx512,     MFT__TASKS_OF(avx512)   };
+#endif
+#ifdef MFT__HAVE_AVX512BF16
+static const mft__gemm_row mft__gemm_avx512bf16   = { 12,     32,   16,   2,     0, mft__strip_avx512bf16, MFT__TASKS_OF(avx512)   };
+#endif
+#ifdef MFT__HAVE_AMX
+static const mft__gemm_row mft__gemm_amx          = { 32,     32,   16,   32,    6, mft__strip_amx,        MFT__TASKS_OF(avx512)   };
+#endif
+#ifdef MFT__HAVE_NEON
+static const mft__gemm_row mft__gemm_neon         = {  6,     16,   4,    1,     0, mft__strip_neon,       MFT__TASKS_OF(neon)     };
+#endif
+#ifdef MFT__HAVE_NEON_BF16
+static const mft__gemm_row mft__gemm_neon_bf16    = {  8,     16,   4,    4,     3, mft__strip_neon_bf16,  MFT__TASKS_OF(neon)     };
+#endif
+
+/*    name          usable                    vectors                    f32, bf16, split products, cblas */
+static const mft__kernels mft__kernel_table[] = {               /* fastest first */
+#ifdef MFT_USE_CBLAS                                            /* asked for by name: before all others */
+#  ifdef MFT__HAVE_AVX512
+    { "cblas",      mft__usable_avx512,       MFT__VECTORS_OF(avx512),   { &mft__gemm_avx512,   &mft__gemm_avx512     }, NULL, 1 },
+#  endif
+#  ifdef MFT__HAVE_AVX2
+    { "cblas",      mft__usable_avx2,         MFT__VECTORS_OF(avx2),     { &mft__gemm_avx2,     &mft__gemm_avx2       }, NULL, 1 },
+#  endif
+#  ifdef MFT__HAVE_NEON
+    { "cblas",      mft__usable_always,       MFT__VECTORS_OF(neon),     { &mft__gemm_neon,     &mft__gemm_neon       }, NULL, 1 },
+#  else
+    { "cblas",      mft__usable_always,       MFT__VECTORS_OF(portable), { &mft__gemm_portable, &mft__gemm_portable   }, NULL, 1 },
+#  endif
+#endif
+#ifdef MFT__HAVE_AMX
+    { "amx",        mft__usable_amx,          MFT__VECTORS_OF(avx512),   { &mft__gemm_avx512,   &mft__gemm_amx        }, &mft__gemm_amx, 0 },
+#endif
+#ifdef MFT__HAVE_AVX512BF16
+    { "avx512bf16", mft__usable_avx512bf16,   MFT__VECTORS_OF(avx512),   { &mft__gemm_avx512,   &mft__gemm_avx512bf16 }, NULL, 0 },
+#endif
+#ifdef MFT__HAVE_AVX512
+    { "avx512",     mft__usable_avx512,       MFT__VECTORS_OF(avx512),   { &mft__gemm_avx512,   &mft__gemm_avx512     }, NULL, 0 },
+#endif
+#ifdef MFT__HAVE_AVX2
+    { "avx2",       mft__usable_avx2,         MFT__VECTORS_OF(avx2),     { &mft__gemm_avx2,     &mft__gemm_avx2       }, NULL, 0 },
+#endif
+#ifdef MFT__HAVE_NEON_BF16
+    { "neon_bf16",  mft__usable_neon_bf16,    MFT__VECTORS_OF(neon),     { &mft__gemm_neon,     &mft__gemm_neon_bf16  }, &mft__gemm_neon_bf16, 0 },
+#endif
+#ifdef MFT__HAVE_NEON
+    { "neon",       mft__usable_always,       MFT__VECTORS_OF(neon),     { &mft__gemm_neon,     &mft__gemm_neon       }, NULL, 0 },
+#endif
+    { "portable",   mft__usable_always,       MFT__VECTORS_OF(portable), { &mft__gemm_portable, &mft__gemm_portable   }, NULL, 0 }
+};
+enum { MFT__N_KERNELS = (int)(sizeof mft__kernel_table / sizeof mft__kernel_table[0]) };
+
+MFT_API const char *mft_kernels_available(int i)
+{
+    const char *last = "";
+    int         k;
+    for (k = 0; k < MFT__N_KERNELS; k++) {                      /* rows of one name stand together: the first counts */
+        if (!mft__kernel_table[k].usable() || strcmp(mft__kernel_table[k].name, last) == 0) continue;
+        last = mft__kernel_table[k].name;
+        if (i-- == 0) return last;
+    }
+    return NULL;
+}
+
+/* name NULL: $MFT_KERNELS, else the fastest usable row. 0: no such row here. */
+static int mft__kernels_choose(mft_context *ctx, const char *name)
+{
+    int k;
+    if (!name) name = getenv("MFT_KERNELS");
+    for (k = 0; k < MFT__N_KERNELS; k++) {
+        if ((name && *name && strcmp(name, mft__kernel_table[k].name)) || !mft__kernel_table[k].usable()) continue;
+        ctx->kernels = &mft__kernel_table[k];
+        return 1;
+    }
+    return 0;
+}
+
+MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx->kernels->name : ""; }
+
+/* ---- products ----
+ *
+ *   A register tile holds height x lanes sums of c; each step of k loads the lanes of one operand (v)
+ *   and, one by one, numbers of the other (s). v is packed into panels, s strip by strip into the first
+ *   cache, converted on the way: f16, bf16 and quantised weights never exist converted as a whole. Which
+ *   of a and b is v, and so whether tiles are turned on their way out, is a matter of cost: with x w^T,
+ *   where k lies side by side in both, turning the output once is far cheaper than turning w, so x
+ *   becomes v and w is read in rows as it lies.
+ *
+ *   tiles    a block of v (all of k, up to 256 lanes) is packed by all threads together; then each task
+ *            takes a group of strips of s through all of k
+ *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
+ *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA)
+ *   sums     few rows in a, b lies along n: rows of b added up where they lie (decoding)
+ *
+ *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
+ *   follow the number of threads. Measured on one core of a Zen 4 (peak 113 to 117 GFLOPS, AVX2 and
+ *   AVX-512 alike): @@MEASURED@@ */
+typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS } mft__gemm_way;
+
+/* Vector operations per unit of k: the products, packing (a turned vector takes its log2 more), the way
+ * out spread over k. */
+static double mft__gemm_cost(const mft__gemm_row *row, const mft__gemm_job *g)
+{
+    double v = (double)(mft__round_up(g->v_count, row->width) / row->width), s = (double)mft__round_up(g->s_count, row->height / 3);
+    double pack_v = v * (g->v.row_stride == 1 ? 3 : 16), pack_s = s * (g->s.col_stride == 1 ? 2.0 / row->width : g->s.dtype == MFT_F32 ? 0.5 : 6);
+    return s * v + pack_v + pack_s * (double)(1 + g->v_count / 256) + s * v * (g->swapped ? 6 : 2) / (double)g->k;
+}
+
+/* Where the two operands come from, and in how many bf16 terms. */
+static void mft__gemm_terms(const mft__kernels *kernels, mft_precision precision, mft__gemm_job *g)
+{
+    const mft__gemm_row *split = kernels->split;
+    int s = g->s.dtype == MFT_BF16 ? 1 : 3, v = g->v.dtype == MFT_BF16 ? 1 : 3;     /* bf16 is exact in one */
+    g->row = kernels->gemm[precision];
+    g->s_terms = g->v_terms = 1;
+    if (precision != MFT_PRECISION_F32 || !split || (s == 1 ? v : v == 1 ? s : 6) > split->max_products) return;
+    g->row = split;
+    g->s_terms = s; g->v_terms = v;
+}
+
+/* One worker does all where waking another (some microseconds) costs more than it brings. */
+static void mft__gemm_run(mft_context *ctx, int alone, int64_t n, int64_t group, mft__task task, mft__gemm_job *g)
+{
+    int64_t i;
+    if (!alone) mft__parallel(ctx, n, group, task, g);
+    else for (i = 0; i < n; i += group) task(g, i, mft__min64(i + group, n), 0);
+}
+
+/* x as contiguous floats, row by row. */
+static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, const mft__matrix *x, int64_t rows, int64_t cols)
+{
+    int64_t r, c, i, n, size = (int64_t)mft_dtype_bytes(x->dtype, 1);
+    float   part[64];
+    if (x->col_stride == 1) {
+        for (r = 0; r < rows; r++, dst += cols) for (c = 0; c < cols; c += 64) {
+            n = mft__min64(cols - c, 64);
+            kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, r * x->row_stride + c), x->dtype,
+                              mft__is_quantized(x->dtype) ? mft__round_up(n, 32) : n);
+            memcpy(dst + c, part, sizeof(float) * (size_t)n);
+        }
+        return;
+    }
+    for (c = 0; c < cols; c++) {                                /* few rows, side by side */
+        const float *column = part;
+        if (x->dtype == MFT_F32)              column = (const float *)x->data + c * x->col_stride;
+        else if (mft__is_quantized(x->dtype)) kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, c * x->col_stride), x->dtype, mft__round_up(rows, 32));
+        else                                  kernels->to_float(part, (const char *)x->data + c * x->col_stride * size, x->dtype, rows);
+        for (i = 0; i < rows; i++) dst[i * cols + c] = column[i];
+    }
+}
+
+#ifdef MFT_USE_CBLAS
+#ifdef __cplusplus
+extern "C"
+#endif
+void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
+                 const float *b, int ldb, float beta, float *c, int ldc);
+
+/* c by cblas_sgemm, if both operands are f32 and every size an int; 0 if not. */
+static int mft__gemm_cblas(int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                           const float *bias, int add, float *c, int64_t ldc)
+{
+    int64_t lda = a.col_stride == 1 ? a.row_stride : a.col_stride, ldb = b.col_stride == 1 ? b.row_stride : b.col_stride;
+    int64_t i, j, most = 0x7fffffff;
+    int     ta = a.col_stride != 1, tb = b.col_stride != 1;
+    if (a.dtype != MFT_F32 || b.dtype != MFT_F32 || m > most || n > most || k > most || lda > most || ldb > most || ldc > most) return 0;
+    if (lda < (ta ? m : k)) lda = ta ? m : k;                   /* one line: its distance to the next may be anything */
+    if (ldb < (tb ? k : n)) ldb = tb ? k : n;
+    for (i = 0; bias && i < m; i++) for (j = 0; j < n; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + bias[j];
+    cblas_sgemm(101, ta ? 112 : 111, tb ? 112 : 111, (int)m, (int)n, (int)k, alpha, (const float *)a.data, (int)lda,
+                (const float *)b.data, (int)ldb, add || bias ? 1.0f : 0.0f, c, (int)ldc);
+    return 1;
+}
+#endif
+
+/* c[m,n] = (add ? c : 0) + alpha sum_k a[m,k] b[k,n] + bias[n].  c f32, rows ldc apart; bias may be NULL.
+ * Takes its workspace from the high end, while planning takes it only on paper.
+ * 0 with the sentence set when that is not to be had. */
+static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                     const float *bias, int add, float *c, int64_t ldc)
+{
+    mft__gemm_job  g, turned;
+    mft__gemm_way  way;
+    mft__matrix    bt = b;
+    const mft__gemm_row *row;
+    int64_t        group, lanes = 0, threads = ctx->n_threads, at, all;
+    size_t         packed = 0, floats, bytes;
+    int            alone, flatten = 0;
+    char          *memory;
+
+    if (m < 1 || n < 1 || k < 1) return 1;
+#ifdef MFT_USE_CBLAS
+    if (ctx->kernels->cblas && MFT__RUNS(ctx) && mft__gemm_cblas(m, n, k, alpha, a, b, bias, add, c, ldc)) return 1;
+#endif
+    bt.row_stride = b.col_stride; bt.col_stride = b.row_stride;         /* row l of it is column l of b */
+    memset(&g, 0, sizeof g);
+    g.s = a; g.v = bt; g.s_count = m; g.v_count = n; g.k = k;
+    g.alpha = alpha; g.bias = bias; g.add = add; g.c = c; g.ldc = ldc;
+    turned = g;
+    turned.s = bt; turned.v = a; turned.s_count = n; turned.v_count = m; turned.swapped = 1;
+    mft__gemm_terms(ctx->kernels, ctx->precision, &g);
+    mft__gemm_terms(ctx->kernels, ctx->precision, &turned);
+
+    if      (bt.col_stride == 1 && m <= MFT__FEW && m <= n) { way = MFT__DOTS; g = turned; }
+    else if (a.col_stride == 1 && n <= MFT__FEW)              way = MFT__DOTS;
+    else if (b.col_stride == 1 && m <= MFT__FEW_SUMS && a.dtype == MFT_F32) way = MFT__SUMS;
+    else {
+        if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
+        way = g.s_count <= 256 ? MFT__COLUMNS : MFT__TILES;
+    }
+
+    row    = g.row;
+    alone  = m * n * k < 200000;
+    floats = (size_t)(g.s_terms * row->height * MFT__STRIDE);           /* a worker's: the strip, in all its terms */
+    if (alone) threads = 1;
+    switch (way) {
+    case MFT__DOTS:
+        flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
+        group   = mft__round_up(1 + 65536 / k, 4);
+        floats  = (size_t)(mft__round_up(g.v_count, 4) * 8 * row->width);
+        if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
+        break;
+    case MFT__SUMS:
+        group  = MFT__SUMS_LANES;
+        floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + m));
+        break;
+    case MFT__COLUMNS:                                                  /* up to 128 lanes each, for even shares */
+        group   = mft__min64(128, mft__round_up(1 + g.v_count / (8 * threads), row->lanes));
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC))) * group);
+        break;
+    default:                                                            /* up to 8 strips each, likewise */
+        lanes   = mft__min64(256, mft__round_up(g.v_count, row->lanes));
+        group   = g.s_count / (6 * threads * row->height);
+        group   = row->height * (group < 1 ? 1 : group > 8 ? 8 : group);
+        packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
+        floats += (size_t)(mft__round_up(group, MFT__TILE_ROWS) * lanes);
+    }
+    g.scratch_bytes = mft__round64(sizeof(float) * floats);
+    bytes  = packed + (size_t)threads * g.scratch_bytes;
+    memory = (char *)mft__high(ctx, bytes);
+    if (!memory) return 0;
+    if (MFT__RUNS(ctx)) {
+        float *front = (float *)(void *)memory;
+        g.scratch = memory + packed;
+        switch (way) {
+        case MFT__DOTS:
+            if (flatten) {
+                mft__gemm_flatten(ctx->kernels, front, &g.v, g.v_count, k);
+                g.v.data = front; g.v.dtype = MFT_F32; g.v.row_stride = k; g.v.col_stride = 1;
+            }
+            mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &g);
+            break;
+        case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
+        case MFT__COLUMNS: mft__gemm_run(ctx, alone, g.v_count, group, row->columns, &g); break;
+        default:
+            g.packed = front;
+            for (at = 0, all = g.v_count; at < all; at += lanes) {
+                g.v_begin = at; g.v_count = mft__min64(lanes, all - at);
+                mft__gemm_run(ctx, alone, ((k - 1) / MFT__KC + 1) * ((g.v_count - 1) / row->lanes + 1), 2, row->pack, &g);
+                mft__gemm_run(ctx, alone, g.s_count, group, row->tiles, &g);
+            }
+        }
+    }
+    mft__high_free(ctx, memory, bytes);
+    return 1;
+}
+
+
+/* ==============================================================================
+ * MARK: - [TAPE] Records, gradients, what a step remembers
+ *
+ *   in    tensors made by [OPS]
+ *   out   a list of records, in order of execution, that [BACKWARD] walks in reverse
+ *   rule  a record is appended only if some input is trainable and grad is enabled
+ * ============================================================================== */
+enum { MFT__MAX_INPUTS = 6 };
+
+/* One op that [BACKWARD] must undo. What the fields past `mark` mean is the op's own affair. */
+typedef struct mft__record {
+    struct mft__record *before;
+    void      (*backward)(mft_context *ctx, struct mft__record *r);
+    mft_tensor *y;                          /* its result                                           */
+    mft_tensor *in[MFT__MAX_INPUTS];
+    mft__mark   mark;                       /* the forward end before the op took anything          */
+    const void *p[3];
+    float      *saved;
+    float       f[3];
+    int64_t     i[4];
+} mft__record;
+
+/* Keeps the step's first failure. Returns NULL, as the op constructor then does. */
+static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status)
+{
+    if (ctx->step_status == MFT_OK) {
+        ctx->step_status = status;
+        memcpy(ctx->step_error, ctx->error, sizeof ctx->error);
+    }
+    return NULL;
+}
+
+/* A tensor that is there, and no backward pass of this step has consumed? */
+static int mft__fresh(const mft_tensor *t)
+{
+    const mft__tensor *x = (const mft__tensor *)(const void *)t;
+    return t && !(x->view_of ? x->view_of->consumed : x->consumed);
+}
+
+/* An op's inputs are there? NULL passes on silently if the step has failed before. */
+static int mft__op_inputs(mft_context *ctx, const char *op, int all_there)
+{
+    if (all_there) return 1;
+    if (ctx && ctx->step_status == MFT_OK)
+        mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: an input is NULL, or an earlier backward pass has consumed it", op));
+    return 0;
+}
+
+static mft_tensor *mft__op_shapes(mft_context *ctx, const char *op, const mft_tensor *a, const mft_tensor *b)
+{
+    mft__shape_text sa, sb;
+    if (b) mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: %s and %s do not go together", op, mft__shape(a, &sa), mft__shape(b, &sb));
+    else   mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: it does not take %s %s", op, mft_dtype_name(a->dtype), mft__shape(a, &sa));
+    return mft__op_failed(ctx, MFT_ERR_INVALID_ARGUMENT);
+}
+
+/* Does an op with this input have to be recorded? */
+static int mft__wants_grad(mft_context *ctx, const mft_tensor *t)
+{
+    if (!t || !t->trainable) return 0;
+    ctx->saw_trainable = 1;
+    return ctx->grad_enabled;
+}
+
+/* Appends a record of y = op(in...) and makes y trainable; `mark` is from before y was made.
+ * NULL when memory is out: the op then returns NULL. */
+static mft__record *mft__record_op(mft_context *ctx, mft__mark mark, mft_tensor *y,
+                                   void (*backward)(mft_context *ctx, mft__record *r),
+                                   mft_tensor *in0, mft_tensor *in1, mft_tensor *in2)
+{
+    mft__record *r = (mft__record *)mft__meta(ctx, sizeof *r);
+    if (!r) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+    r->before = ctx->tape; ctx->tape = r;
+    r->backward = backward; r->mark = mark;
+    r->y = y; r->in[0] = in0; r->in[1] = in1; r->in[2] = in2;
+    y->trainable = 1;
+    return r;
+}
+
+MFT_API int mft_grad_enable(mft_context *ctx, int on)
+{
+    int was;
+    if (!ctx) return 0;
+    was = ctx->grad_enabled;
+    ctx->grad_enabled = on != 0;
+    return was;
+}
+
+MFT_API void mft_step_reset(mft_context *ctx)
+{
+    mft__arena *ar;
+    if (!ctx) return;
+    ar = &ctx->arena;
+    ctx->tape = NULL;
+    mft__arena_clear(ar);
+    if (ar->n_chunks > 1 && MFT__RUNS(ctx)) {                   /* next time in one piece */
+        size_t total = 0;
+        while (ar->n_chunks) {
+            mft__chunk *c = &ar->chunks[--ar->n_chunks];
+            total += c->size;
+            mft__free(ctx, c->base, c->size);
+        }
+        mft__arena_clear(ar);
+        mft__arena_add(ctx, total);                             /* if not now, then when it is needed */
+    }
+    mft__meta_clear(ctx);
+    ctx->step_status = MFT_OK;
+    ctx->saw_trainable = 0;
+    ctx->step_index++; ctx->draw_index = 0;
+}
+
+MFT_API void mft_plan_begin(mft_context *ctx)
+{
+    if (!ctx || ctx->real_arena) return;
+    mft_step_reset(ctx);
+    ctx->step_index--;                                          /* planning draws no numbers of the run */
+    ctx->real_arena = (mft__arena *)mft__alloc(ctx, sizeof *ctx->real_arena);
+    if (!ctx->real_arena) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    *ctx->real_arena = ctx->arena;
+    memset(&ctx->arena, 0, sizeof ctx->arena);
+}
+
+MFT_API mft_status mft_plan_end(mft_context *ctx, size_t *out_bytes)
+{
+    mft_status s;
+    if (!ctx || !out_bytes) return MFT_ERR_INVALID_ARGUMENT;
+    *out_bytes = 0;
+    s = ctx->step_status;
+    if (s != MFT_OK) memcpy(ctx->error, ctx->step_error, sizeof ctx->error);
+    else if (!ctx->real_arena) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_plan_end: no plan was begun");
+    if (ctx->real_arena) {
+        mft__arena *real = ctx->real_arena;
+        *out_bytes = ctx->arena.reach;
+        ctx->arena = *real;
+        ctx->real_arena = NULL;
+        mft__free(ctx, real, sizeof *real);
+    }
+    mft_step_reset(ctx);
+    ctx->step_index--;
+    return s;
+}
+
+/* ---- gradients ---- */
+
+/* A gradient's tensor struct with t's shape and strides, over `data`. */
+static mft_tensor *mft__grad_struct(mft_context *ctx, const mft_tensor *t, void *data)
+{
+    mft_tensor *g = mft__tensor_struct(ctx);
+    if (!g) return NULL;
+    g->dtype = MFT_F32; g->ndim = t->ndim; g->name = t->name;
+    memcpy(g->shape, t->shape, sizeof t->shape);
+    memcpy(g->stride, t->stride, sizeof t->stride);
+    g->data = data;
+    return g;
+}
+
+static size_t mft__grad_bytes(const mft_tensor *t) { return (size_t)mft_tensor_numel(t) * sizeof(float); }
+
+/* Where d loss / d t goes: t's layout, f32. *add: it holds numbers to add to; else the caller writes
+ * every element. NULL with the step failed when memory is out. */
+static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
+{
+    mft__tensor *x = mft__of(t);
+    if (x->view_of) {                                           /* the same place of the viewed tensor's */
+        mft_tensor *root = &x->view_of->t;
+        float      *g;
+        int         whole = mft_tensor_numel(root) == mft_tensor_numel(t), root_add;
+        g = mft__grad(ctx, root, &root_add);
+        if (!g) return NULL;
+        if (!root_add && !whole) {
+            if (MFT__RUNS(ctx)) memset(g, 0, mft__grad_bytes(root));
+            root_add = 1;
+        }
+        *add = root_add;
+        g += x->view_offset;
+        if (!t->grad && !(t->grad = mft__grad_struct(ctx, t, g))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+        return g;
+    }
+    if (!MFT__RUNS(ctx) && x->kind != MFT__STEP_TENSOR) {       /* a plan leaves held gradients as they are */
+        *add = 0;
+        return (float *)(void *)mft__plan_base();
+    }
+    if (!t->grad) {
+        if (x->kind == MFT__STEP_TENSOR) {
+            void *data = mft__high(ctx, mft__grad_bytes(t));
+            if (data) t->grad = mft__grad_struct(ctx, t, data);
+        } else {
+            t->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, t->ndim, t->shape, NULL);
+            if (t->grad) {
+                memcpy(t->grad->stride, t->stride, sizeof t->stride);
+                t->grad->name = t->name;
+            }
+        }
+        if (!t->grad) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+        x->grad_written = 0;
+    }
+    *add = x->grad_written;
+    if (MFT__RUNS(ctx) || x->kind == MFT__STEP_TENSOR) x->grad_written = 1;     /* a plan leaves held gradients as they are */
+    return (float *)t->grad->data;
+}
+
+/* The same, zeroed if it is new: for those who add in any case. A view that comes here with add 0 is
+ * all of what it views, in whatever order: its numbers fill it. */
+static float *mft__grad_add(mft_context *ctx, mft_tensor *t)
+{
+    int    add;
+    float *g = mft__grad(ctx, t, &add);
+    if (g && !add && MFT__RUNS(ctx)) memset(g, 0, mft__grad_bytes(t));
+    return g;
+}
+
+/* dy of a record's result; never NULL where a record is undone. */
+static const float *mft__dy(const mft__record *r) { return (const float *)r->y->grad->data; }
+
+/* Gives back a step tensor's gradient. */
+static void mft__grad_drop(mft_context *ctx, mft_tensor *t)
+{
+    if (t->grad && !mft__of(t)->view_of) mft__high_free(ctx, t->grad->data, mft__grad_bytes(t));
+    t->grad = NULL;
+}
+
+/* ==============================================================================
+ * MARK: - [OPS] Each as: task, forward, backward, constructor
+ *
+ *   rule  a constructor checks shapes, takes its memory, records, and then computes unless
+ *         planning; a backward adds into gradients and skips those nobody needs
+ *   rule  pieces of work have sizes of their own, never a function of the number of threads;
+ *         sums over rows go through partial sums of fixed pieces, added in order
+ * ============================================================================== */
+enum {
+    MFT__ROW_GRAIN    = 16,                 /* rows a task of a row-wise op takes; a piece of every sum over rows */
+    MFT__VECTOR_GRAIN = 1 << 15             /* elements a task of an elementwise op takes; a piece of every whole sum */
+};
+
+static int64_t mft__cols(const mft_tensor *t) { return t->ndim ? t->shape[t->ndim - 1] : 1; }
+
+/* f32 numbers, one after the other? Else the constructor goes through mft_contiguous. */
+static int mft__plain(const mft_tensor *t) { return t->dtype == MFT_F32 && mft__is_contiguous(t); }
+
+static mft_tensor *mft__plain_input(mft_context *ctx, const char *op, mft_tensor *x)
+{
+    if (x->dtype != MFT_F32) return mft__op_shapes(ctx, op, x, NULL);
+    return mft__is_contiguous(x) ? x : mft_contiguous(ctx, x);
+}
+
+static mft_tensor *mft__result(mft_context *ctx, int ndim, const int64_t *shape)
+{
+    mft_tensor *y = mft__tensor_step(ctx, ndim, shape);
+    if (!y) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    return y;
+}
+
+/* ---- elementwise: one task for all of them ---- */
+typedef enum mft__map_kind {
+    MFT__MAP_ADD, MFT__MAP_SUB, MFT__MAP_MUL, MFT__MAP_SCALE, MFT__MAP_AXPY, MFT__MAP_MUL_ADD,
+    MFT__MAP_ACT, MFT__MAP_ACT_BACKWARD, MFT__MAP_GATE, MFT__MAP_GATE_BACKWARD, MFT__MAP_COPY
+} mft__map_kind;
+
+typedef struct mft__map {
+    const mft__kernels *k;
+    mft__map_kind   kind;
+    mft__activation f;
+    float           s;
+    float          *y, *y2;
+    const float    *a, *b, *c;
+} mft__map;
+
+static const float *mft__at(const float *p, int64_t i) { return p ? p + i : NULL; }
+
+static void mft__map_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__map *m = (const mft__map *)arg;
+    float       *y = m->y ? m->y + begin : NULL, *y2 = m->y2 ? m->y2 + begin : NULL;
+    const float *a = m->a + begin, *b = mft__at(m->b, begin), *c = mft__at(m->c, begin);
+    int64_t      n = end - begin, i;
+    (void)worker;
+    switch (m->kind) {
+    case MFT__MAP_ADD:     m->k->add(y, a, b, n); return;
+    case MFT__MAP_SUB:     for (i = 0; i < n; i++) y[i] = a[i] - b[i]; return;
+    case MFT__MAP_MUL:     m->k->mul(y, a, b, n); return;
+    case MFT__MAP_SCALE:   m->k->scale(y, m->s, a, n); return;
+    case MFT__MAP_AXPY:    m->k->axpy(y, m->s, a, n); return;
+    case MFT__MAP_MUL_ADD: m->k->mul_add(y, a, b, n); return;
+    case MFT__MAP_ACT:     m->k->act(m->f, y, a, n); return;
+    case MFT__MAP_ACT_BACKWARD:  m->k->act_backward(m->f, y, a, b, n); return;
+    case MFT__MAP_GATE:    m->k->gate(m->f, y, a, b, n); return;
+    case MFT__MAP_GATE_BACKWARD: m->k->gate_backward(m->f, y, y2, a, b, c, n); return;
+    case MFT__MAP_COPY:    memcpy(y, a, (size_t)n * sizeof *y); return;
+    }
+}
+
+static mft__map mft__map_of(const mft_context *ctx, mft__map_kind kind, float *y, const float *a, const float *b)
+{
+    mft__map m;
+    memset(&m, 0, sizeof m);
+    m.k = ctx->kernels; m.kind = kind; m.y = y; m.a = a; m.b = b;
+    return m;
+}
+
+static void mft__map_do(mft_context *ctx, mft__map *m, int64_t n)
+{
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__map_run, m);
+}
+
+/* g (+)= s dy, for a gradient that passes an op unchanged but for a factor. */
+static void mft__pass_on(mft_context *ctx, mft_tensor *x, const float *dy, float s)
+{
+    int      add;
+    float   *g = mft__grad(ctx, x, &add);
+    mft__map m;
+    if (!g) return;
+    m = mft__map_of(ctx, add ? MFT__MAP_AXPY : s == 1 ? MFT__MAP_COPY : MFT__MAP_SCALE, g, dy, NULL);
+    m.s = s;
+    mft__map_do(ctx, &m, mft_tensor_numel(x));
+}
+
+/* ---- add, sub, mul, with b broadcast over leading dimensions ---- */
+typedef struct mft__broadcast_task {
+    const mft__kernels *k;
+    mft__map_kind kind;
+    float        *y;
+    const float  *a, *b, *dy;
+    int64_t       inner, rows;
+    float         sign;
+} mft__broadcast_task;
+
+static void mft__broadcast_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__broadcast_task *t = (const mft__broadcast_task *)arg;
+    mft__map m;
+    int64_t  r;
+    memset(&m, 0, sizeof m);
+    m.k = t->k; m.kind = t->kind;
+    for (r = begin; r < end; r++) {
+        m.y = t->y + r * t->inner; m.a = t->a + r * t->inner; m.b = t->b;
+        mft__map_run(&m, 0, t->inner, worker);
+    }
+}
+
+/* db of a broadcast: for columns [begin, end) the sum over rows, in order, of sign dy (or dy a). */
+static void mft__broadcast_sum_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__broadcast_task *t = (const mft__broadcast_task *)arg;
+    int64_t r;
+    (void)worker;
+    for (r = 0; r < t->rows; r++) {
+        const float *dy = t->dy + r * t->inner;
+        if (t->a) t->k->mul_add(t->y + begin, dy + begin, t->a + r * t->inner + begin, end - begin);
+        else      t->k->axpy(t->y + begin, t->sign, dy + begin, end - begin);
+    }
+}
+
+static void mft__broadcast_sum(mft_context *ctx, mft_tensor *b, const float *dy, const float *a, float sign, int64_t rows)
+{
+    mft__broadcast_task t;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.dy = dy; t.a = a; t.sign = sign; t.rows = rows; t.inner = mft_tensor_numel(b);
+    t.y = mft__grad_add(ctx, b);
+    if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, t.inner, 512, mft__broadcast_sum_run, &t);
+}
+
+/* a + b and a - b:  da = dy,  db = +-dy;   a b:  da = dy b,  db = dy a;   summed where b was broadcast */
+static void mft__binary_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor   *a = r->in[0], *b = r->in[1];
+    mft__map_kind kind = (mft__map_kind)r->i[0];
+    const float  *dy = mft__dy(r);
+    int64_t       n = mft_tensor_numel(a), inner = mft_tensor_numel(b);
+    if (a->trainable) {
+        if (kind != MFT__MAP_MUL) mft__pass_on(ctx, a, dy, 1);
+        else {
+            mft__broadcast_task t;
+            memset(&t, 0, sizeof t);
+            t.k = ctx->kernels; t.kind = MFT__MAP_MUL_ADD;
+            t.y = mft__grad_add(ctx, a); t.a = dy; t.b = (const float *)b->data; t.inner = inner;
+            if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, n / inner, 1 + MFT__VECTOR_GRAIN / inner, mft__broadcast_run, &t);
+        }
+    }
+    if (b->trainable) {
+        if (inner == n && kind != MFT__MAP_MUL) mft__pass_on(ctx, b, dy, kind == MFT__MAP_SUB ? -1.0f : 1.0f);
+        else mft__broadcast_sum(ctx, b, dy, kind == MFT__MAP_MUL ? (const float *)a->data : NULL, kind == MFT__MAP_SUB ? -1.0f : 1.0f, n / inner);
+    }
+}
+
+static mft_tensor *mft__binary(mft_context *ctx, const char *op, mft__map_kind kind, mft_tensor *a, mft_tensor *b)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int          i, wants;
+    if (!mft__op_inputs(ctx, op, ctx && mft__fresh(a) && mft__fresh(b))) return NULL;
+    mark = mft__low_mark(ctx);
+    a = mft__plain_input(ctx, op, a);
+    b = a ? mft__plain_input(ctx, op, b) : NULL;
+    if (!b) return NULL;
+    if (b->ndim > a->ndim) return mft__op_shapes(ctx, op, a, b);
+    for (i = 0; i < b->ndim; i++)
+        if (b->shape[b->ndim - 1 - i] != a->shape[a->ndim - 1 - i]) return mft__op_shapes(ctx, op, a, b);
+    wants  = mft__wants_grad(ctx, a);
+    wants |= mft__wants_grad(ctx, b);
+    y = mft__result(ctx, a->ndim, a->shape);
+    if (!y) return NULL;
+    if (wants) {
+        r = mft__record_op(ctx, mark, y, mft__binary_backward, a, b, NULL);
+        if (!r) return NULL;
+        r->i[0] = kind;
+    }
+    if (MFT__RUNS(ctx)) {
+        mft__broadcast_task t;
+        int64_t n = mft_tensor_numel(a);
+        memset(&t, 0, sizeof t);
+        t.k = ctx->kernels; t.kind = kind; t.inner = mft_tensor_numel(b);
+        t.y = (float *)y->data; t.a = (const float *)a->data; t.b = (const float *)b->data;
+        if (t.inner == n) {
+            mft__map m = mft__map_of(ctx, kind, t.y, t.a, t.b);
+            mft__map_do(ctx, &m, n);
+        } else mft__parallel(ctx, n / t.inner, 1 + MFT__VECTOR_GRAIN / t.inner, mft__broadcast_run, &t);
+    }
+    return y;
+}
+
+MFT_API mft_tensor *mft_add(mft_context *ctx, mft_tensor *a, mft_tensor *b) { return mft__binary(ctx, "mft_add", MFT__MAP_ADD, a, b); }
+MFT_API mft_tensor *mft_sub(mft_context *ctx, mft_tensor *a, mft_tensor *b) { return mft__binary(ctx, "mft_sub", MFT__MAP_SUB, a, b); }
+MFT_API mft_tensor *mft_mul(mft_context *ctx, mft_tensor *a, mft_tensor *b) { return mft__binary(ctx, "mft_mul", MFT__MAP_MUL, a, b); }
+
+/* ---- scale ---- */
+static void mft__scale_backward(mft_context *ctx, mft__record *r) { mft__pass_on(ctx, r->in[0], mft__dy(r), r->f[0]); }
+
+MFT_API mft_tensor *mft_scale(mft_context *ctx, mft_tensor *x, float s)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    mft__map     m;
+    if (!mft__op_inputs(ctx, "mft_scale", ctx && mft__fresh(x))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, "mft_scale", x)) || !(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    if (mft__wants_grad(ctx, x)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__scale_backward, x, NULL, NULL))) return NULL;
+        r->f[0] = s;
+    }
+    m = mft__map_of(ctx, MFT__MAP_SCALE, (float *)y->data, (const float *)x->data, NULL);
+    m.s = s;
+    mft__map_do(ctx, &m, mft_tensor_numel(x));
+    return y;
+}
+
+/* ---- activations y = f(x):  dx = dy f'(x) ---- */
+static void mft__act_op_backward(mft_context *ctx, mft__record *r)
+{
+    float   *dx = mft__grad_add(ctx, r->in[0]);
+    mft__map m;
+    if (!dx) return;
+    m = mft__map_of(ctx, MFT__MAP_ACT_BACKWARD, dx, mft__dy(r), (const float *)r->in[0]->data);
+    m.f = (mft__activation)r->i[0];
+    mft__map_do(ctx, &m, mft_tensor_numel(r->y));
+}
+
+static mft_tensor *mft__act_op(mft_context *ctx, const char *op, mft__activation f, mft_tensor *x)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    mft__map     m;
+    if (!mft__op_inputs(ctx, op, ctx && mft__fresh(x))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, op, x)) || !(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    if (mft__wants_grad(ctx, x)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__act_op_backward, x, NULL, NULL))) return NULL;
+        r->i[0] = f;
+    }
+    m = mft__map_of(ctx, MFT__MAP_ACT, (float *)y->data, (const float *)x->data, NULL);
+    m.f = f;
+    mft__map_do(ctx, &m, mft_tensor_numel(x));
+    return y;
+}
+
+MFT_API mft_tensor *mft_gelu_tanh(mft_context *ctx, mft_tensor *x) { return mft__act_op(ctx, "mft_gelu_tanh", MFT__GELU_TANH, x); }
+MFT_API mft_tensor *mft_gelu     (mft_context *ctx, mft_tensor *x) { return mft__act_op(ctx, "mft_gelu", MFT__GELU_ERF, x); }
+MFT_API mft_tensor *mft_silu     (mft_context *ctx, mft_tensor *x) { return mft__act_op(ctx, "mft_silu", MFT__SILU, x); }
+MFT_API mft_tensor *mft_relu     (mft_context *ctx, mft_tensor *x) { return mft__act_op(ctx, "mft_relu", MFT__RELU, x); }
+MFT_API mft_tensor *mft_tanh     (mft_context *ctx, mft_tensor *x) { return mft__act_op(ctx, "mft_tanh", MFT__TANH, x); }
+
+MFT_API mft_tensor *mft_softcap(mft_context *ctx, mft_tensor *x, float cap)
+{
+    if (ctx && x && !(cap > 0))
+        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_softcap: a cap of %g is not above 0", (double)cap));
+    return mft_scale(ctx, mft_tanh(ctx, mft_scale(ctx, x, 1 / cap)), cap);
+}
+
+/* ---- gates y = f(g) u:  dg = dy u f'(g),  du = dy f(g) ---- */
+static void mft__gate_op_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor *g = r->in[0], *u = r->in[1];
+    mft__map    m = mft__map_of(ctx, MFT__MAP_GATE_BACKWARD, NULL, mft__dy(r), (const float *)g->data);
+    m.c = (const float *)u->data; m.f = (mft__activation)r->i[0];
+    if (g->trainable && !(m.y  = mft__grad_add(ctx, g))) return;
+    if (u->trainable && !(m.y2 = mft__grad_add(ctx, u))) return;
+    if (m.y && m.y == m.y2) {                                   /* both inputs are one tensor: a vector row would lose a part */
+        m.y2 = NULL;
+        mft__map_do(ctx, &m, mft_tensor_numel(r->y));
+        m.y2 = m.y; m.y = NULL;
+    }
+    mft__map_do(ctx, &m, mft_tensor_numel(r->y));
+}
+
+static mft_tensor *mft__gate_op(mft_context *ctx, const char *op, mft__activation f, mft_tensor *g, mft_tensor *u)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    mft__map     m;
+    int          wants;
+    if (!mft__op_inputs(ctx, op, ctx && mft__fresh(g) && mft__fresh(u))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!mft__same_shape(g, u)) return mft__op_shapes(ctx, op, g, u);
+    if (!(g = mft__plain_input(ctx, op, g)) || !(u = mft__plain_input(ctx, op, u))) return NULL;
+    if (!(y = mft__result(ctx, g->ndim, g->shape))) return NULL;
+    wants  = mft__wants_grad(ctx, g);
+    wants |= mft__wants_grad(ctx, u);
+    if (wants) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__gate_op_backward, g, u, NULL))) return NULL;
+        r->i[0] = f;
+    }
+    m = mft__map_of(ctx, MFT__MAP_GATE, (float *)y->data, (const float *)g->data, (const float *)u->data);
+    m.f = f;
+    mft__map_do(ctx, &m, mft_tensor_numel(y));
+    return y;
+}
+
+MFT_API mft_tensor *mft_swiglu(mft_context *ctx, mft_tensor *gate, mft_tensor *up) { return mft__gate_op(ctx, "mft_swiglu", MFT__SILU, gate, up); }
+MFT_API mft_tensor *mft_geglu (mft_context *ctx, mft_tensor *gate, mft_tensor *up) { return mft__gate_op(ctx, "mft_geglu", MFT__GELU_TANH, gate, up); }
+
+/* ---- softmax:  dx = y (dy - sum(dy y)) ---- */
+typedef struct mft__softmax_task { const mft__kernels *k; float *y; const float *x, *dy; int64_t cols; } mft__softmax_task;
+
+static void mft__softmax_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__softmax_task *t = (const mft__softmax_task *)arg;
+    int64_t r;
+    (void)worker;
+    for (r = begin; r < end; r++) {
+        const float *x = t->x + r * t->cols;
+        float       *y = t->y + r * t->cols, sum = t->k->exp_sum(y, x, t->k->max(x, t->cols), t->cols);
+        t->k->scale(y, 1 / sum, y, t->cols);
+    }
+}
+
+static void mft__softmax_backward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__softmax_task *t = (const mft__softmax_task *)arg;
+    int64_t r, c;
+    (void)worker;
+    for (r = begin; r < end; r++) {
+        const float *y = t->x + r * t->cols, *dy = t->dy + r * t->cols;
+        float       *dx = t->y + r * t->cols, dot = t->k->dot(dy, y, t->cols);
+        for (c = 0; c < t->cols; c++) dx[c] += y[c] * (dy[c] - dot);
+    }
+}
+
+static void mft__softmax_backward(mft_context *ctx, mft__record *r)
+{
+    mft__softmax_task t;
+    t.k = ctx->kernels; t.cols = mft__cols(r->y);
+    t.x = (const float *)r->y->data; t.dy = mft__dy(r); t.y = mft__grad_add(ctx, r->in[0]);
+    if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, mft_tensor_numel(r->y) / t.cols, MFT__ROW_GRAIN, mft__softmax_backward_run, &t);
+}
+
+MFT_API mft_tensor *mft_softmax(mft_context *ctx, mft_tensor *x)
+{
+    mft__mark         mark;
+    mft__softmax_task t;
+    mft_tensor       *y;
+    if (!mft__op_inputs(ctx, "mft_softmax", ctx && mft__fresh(x))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, "mft_softmax", x)) || !(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    if (mft__wants_grad(ctx, x) && !mft__record_op(ctx, mark, y, mft__softmax_backward, x, NULL, NULL)) return NULL;
+    t.k = ctx->kernels; t.cols = mft__cols(x); t.y = (float *)y->data; t.x = (const float *)x->data; t.dy = NULL;
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, mft_tensor_numel(x) / t.cols, MFT__ROW_GRAIN, mft__softmax_run, &t);
+    return y;
+}
+
+/* ---- dropout: y = x keep / (1 - p);  keep is drawn again in the backward pass ---- */
+typedef struct mft__dropout_task { float *y; const float *x; uint64_t seed, stream; float p; int add; } mft__dropout_task;
+
+/* The stream of one dropout call: step and place in the step. A recomputed one draws the same again. */
+static uint64_t mft__draw_stream(mft_context *ctx) { return ctx->step_index << 20 | (ctx->draw_index++ & 0xfffff); }
+
+static void mft__dropout_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__dropout_task *t = (const mft__dropout_task *)arg;
+    float    s = 1 / (1 - t->p);
+    uint32_t below = (uint32_t)((double)t->p * 4294967296.0);
+    int64_t  i;
+    (void)worker;
+    for (i = begin; i < end; i++) {                             /* 64 bits are two draws */
+        uint64_t bits = mft__random(t->seed, t->stream, (uint64_t)i >> 1);
+        float    y = (uint32_t)(bits >> (i & 1) * 32) >= below ? t->x[i] * s : 0;
+        t->y[i] = t->add ? t->y[i] + y : y;
+    }
+}
+
+static void mft__dropout_do(mft_context *ctx, float *y, const float *x, int64_t n, float p, uint64_t stream, int add)
+{
+    mft__dropout_task t;
+    t.y = y; t.x = x; t.seed = ctx->seed; t.stream = stream; t.p = p; t.add = add;
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, n, 4096, mft__dropout_run, &t);
+}
+
+static void mft__dropout_backward(mft_context *ctx, mft__record *r)
+{
+    int    add;
+    float *dx = mft__grad(ctx, r->in[0], &add);
+    if (dx) mft__dropout_do(ctx, dx, mft__dy(r), mft_tensor_numel(r->y), r->f[0], (uint64_t)r->i[0], add);
+}
+
+/* Training, or the first run of a checkpoint's function, which must draw what the second will. */
+static int mft__drops(const mft_context *ctx, float p) { return p > 0 && (ctx->grad_enabled || ctx->in_checkpoint); }
+
+MFT_API mft_tensor *mft_dropout(mft_context *ctx, mft_tensor *x, float p)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    uint64_t     stream;
+    if (!mft__op_inputs(ctx, "mft_dropout", ctx && mft__fresh(x))) return NULL;
+    if (!(p >= 0 && p < 1))
+        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_dropout: a probability of %g is not in [0, 1)", (double)p));
+    if (!mft__drops(ctx, p)) return x;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, "mft_dropout", x)) || !(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    stream = mft__draw_stream(ctx);
+    if (mft__wants_grad(ctx, x)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__dropout_backward, x, NULL, NULL))) return NULL;
+        r->f[0] = p; r->i[0] = (int64_t)stream;
+    }
+    mft__dropout_do(ctx, (float *)y->data, (const float *)x->data, mft_tensor_numel(x), p, stream, 0);
+    return y;
+}
+
+/* ---- sum, mean:  dx = s dy ---- */
+typedef struct mft__sum_task { const mft__kernels *k; float *dx; const float *x; double *partial; float s; int add; } mft__sum_task;
+
+static void mft__sum_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__sum_task *t = (const mft__sum_task *)arg;
+    (void)worker;
+    t->partial[begin / MFT__VECTOR_GRAIN] = t->k->sum(t->x + begin, end - begin);
+}
+
+static void mft__fill_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__sum_task *t = (const mft__sum_task *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) t->dx[i] = t->add ? t->dx[i] + t->s : t->s;
+}
+
+static void mft__sum_backward(mft_context *ctx, mft__record *r)
+{
+    mft__sum_task t;
+    t.dx = mft__grad(ctx, r->in[0], &t.add);
+    if (!t.dx || !MFT__RUNS(ctx)) return;
+    t.s = *mft__dy(r) * r->f[0];
+    mft__parallel(ctx, mft_tensor_numel(r->in[0]), MFT__VECTOR_GRAIN, mft__fill_run, &t);
+}
+
+static mft_tensor *mft__sum_op(mft_context *ctx, const char *op, mft_tensor *x, int mean)
+{
+    mft__mark     mark;
+    mft__record  *r;
+    mft_tensor   *y;
+    mft__sum_task t;
+    int64_t       n, c, chunks;
+    double        total = 0;
+    if (!mft__op_inputs(ctx, op, ctx && mft__fresh(x))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, op, x)) || !(y = mft__result(ctx, 0, NULL))) return NULL;
+    n = mft_tensor_numel(x);
+    if (mft__wants_grad(ctx, x)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__sum_backward, x, NULL, NULL))) return NULL;
+        r->f[0] = mean ? (float)(1.0 / (double)n) : 1;
+    }
+    chunks = (n + MFT__VECTOR_GRAIN - 1) / MFT__VECTOR_GRAIN;
+    t.k = ctx->kernels; t.x = (const float *)x->data;
+    t.partial = (double *)mft__high(ctx, (size_t)chunks * sizeof(double));
+    if (!t.partial) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    if (MFT__RUNS(ctx)) {
+        mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__sum_run, &t);
+        for (c = 0; c < chunks; c++) total += t.partial[c];
+        *(float *)y->data = (float)(mean ? total / (double)n : total);
+    }
+    mft__high_free(ctx, t.partial, (size_t)chunks * sizeof(double));
+    return y;
+}
+
+MFT_API mft_tensor *mft_sum (mft_context *ctx, mft_tensor *x) { return mft__sum_op(ctx, "mft_sum", x, 0); }
+MFT_API mft_tensor *mft_mean(mft_context *ctx, mft_tensor *x) { return mft__sum_op(ctx, "mft_mean", x, 1); }
+
+/* ---- views ---- */
+
+/* Makes t a view of x, `offset` elements in; shape and strides are the caller's to fill. */
+static void mft__view_of(mft_tensor *t, mft_tensor *x, int64_t offset)
+{
+    mft__tensor *from = mft__of(x), *v = mft__of(t);
+    t->dtype = x->dtype; t->trainable = x->trainable; t->name = x->name;
+    t->data = (char *)x->data + mft_dtype_bytes(x->dtype, offset);
+    v->view_of     = from->view_of ? from->view_of : from;
+    v->view_offset = (from->view_of ? from->view_offset : 0) + offset;
+}
+
+static mft_tensor *mft__view(mft_context *ctx, mft_tensor *x, int64_t offset)
+{
+    mft_tensor *t = mft__tensor_struct(ctx);
+    if (!t) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    mft__view_of(t, x, offset);
+    mft__wants_grad(ctx, x);
+    t->ndim = x->ndim;
+    memcpy(t->shape, x->shape, sizeof t->shape);
+    memcpy(t->stride, x->stride, sizeof t->stride);
+    return t;
+}
+
+MFT_API mft_tensor *mft_reshape(mft_context *ctx, mft_tensor *x, int ndim, const int64_t *shape)
+{
+    mft_tensor *t;
+    mft_tensor  want;
+    size_t      bytes;
+    if (!mft__op_inputs(ctx, "mft_reshape", ctx && mft__fresh(x))) return NULL;
+    memset(&want, 0, sizeof want);
+    if (!mft__tensor_layout(ctx, &want, x->dtype, ndim, shape, &bytes)) return mft__op_failed(ctx, MFT_ERR_INVALID_ARGUMENT);
+    if (mft_tensor_numel(&want) != mft_tensor_numel(x)) return mft__op_shapes(ctx, "mft_reshape", x, &want);
+    if (!mft__is_contiguous(x) && !(x = mft_contiguous(ctx, x))) return NULL;
+    if (!(t = mft__view(ctx, x, 0))) return NULL;
+    t->ndim = ndim;
+    memcpy(t->shape, want.shape, sizeof t->shape);
+    memcpy(t->stride, want.stride, sizeof t->stride);
+    return t;
+}
+
+MFT_API mft_tensor *mft_transpose(mft_context *ctx, mft_tensor *x, int dim_a, int dim_b)
+{
+    mft_tensor *t;
+    int64_t     keep;
+    if (!mft__op_inputs(ctx, "mft_transpose", ctx && mft__fresh(x))) return NULL;
+    if (dim_a < 0 || dim_b < 0 || dim_a >= x->ndim || dim_b >= x->ndim || mft__is_quantized(x->dtype))
+        return mft__op_shapes(ctx, "mft_transpose", x, NULL);
+    if (!(t = mft__view(ctx, x, 0))) return NULL;
+    keep = t->shape [dim_a]; t->shape [dim_a] = t->shape [dim_b]; t->shape [dim_b] = keep;
+    keep = t->stride[dim_a]; t->stride[dim_a] = t->stride[dim_b]; t->stride[dim_b] = keep;
+    return t;
+}
+
+MFT_API mft_tensor *mft_slice(mft_context *ctx, mft_tensor *x, int dim, int64_t begin, int64_t end)
+{
+    mft_tensor *t;
+    if (!mft__op_inputs(ctx, "mft_slice", ctx && mft__fresh(x))) return NULL;
+    if (dim < 0 || dim >= x->ndim || begin < 0 || begin >= end || end > x->shape[dim] || mft__is_quantized(x->dtype))
+        return mft__op_shapes(ctx, "mft_slice", x, NULL);
+    if (!(t = mft__view(ctx, x, begin * x->stride[dim]))) return NULL;
+    t->shape[dim] = end - begin;
+    return t;
+}
+
+/* contiguous: y[i] = x[i] in row-major order;  dx[i] += dy[i] */
+typedef struct mft__gather_task { mft_tensor *x; float *packed, *strided; int to_strided; } mft__gather_task;
+
+static void mft__gather_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gather_task *t = (const mft__gather_task *)arg;
+    int64_t r, c, cols = mft__cols(t->x), step = t->x->ndim ? t->x->stride[t->x->ndim - 1] : 1;
+    (void)worker;
+    for (r = begin; r < end; r++) {
+        float *s = t->strided + mft__row_offset(t->x, r), *p = t->packed + r * cols;
+        if (t->to_strided) for (c = 0; c < cols; c++) s[c * step] += p[c];
+        else               for (c = 0; c < cols; c++) p[c] = s[c * step];
+    }
+}
+
+static void mft__gather_do(mft_context *ctx, mft_tensor *x, float *packed, float *strided, int to_strided)
+{
+    mft__gather_task t;
+    t.x = x; t.packed = packed; t.strided = strided; t.to_strided = to_strided;
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, mft_tensor_numel(x) / mft__cols(x), MFT__ROW_GRAIN, mft__gather_run, &t);
+}
+
+static void mft__contiguous_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor *x = r->in[0];
+    int         add;
+    float      *dx = mft__grad(ctx, x, &add);
+    if (!dx) return;
+    if (!add && MFT__RUNS(ctx))                                 /* a whole view of a dense tensor: zero what lies under it */
+        memset(mft__of(x)->view_of ? mft__of(x)->view_of->t.grad->data : (void *)dx, 0, mft__grad_bytes(x));
+    mft__gather_do(ctx, x, (float *)(uintptr_t)mft__dy(r), dx, 1);
+}
+
+MFT_API mft_tensor *mft_contiguous(mft_context *ctx, mft_tensor *x)
+{
+    mft__mark   mark;
+    mft_tensor *y;
+    if (!mft__op_inputs(ctx, "mft_contiguous", ctx && mft__fresh(x))) return NULL;
+    if (mft__is_contiguous(x)) return x;
+    if (x->dtype != MFT_F32) return mft__op_shapes(ctx, "mft_contiguous", x, NULL);
+    mark = mft__low_mark(ctx);
+    if (!(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    if (mft__wants_grad(ctx, x) && !mft__record_op(ctx, mark, y, mft__contiguous_backward, x, NULL, NULL)) return NULL;
+    mft__gather_do(ctx, x, (float *)y->data, (float *)x->data, 0);
+    return y;
+}
+
+/* ---- products ---- */
+static mft__matrix mft__matrix_of(const void *data, mft_dtype dtype, int64_t row_stride, int64_t col_stride)
+{
+    mft__matrix m;
+    m.data = data; m.dtype = dtype; m.row_stride = row_stride; m.col_stride = col_stride;
+    return m;
+}
+
+static mft__matrix mft__matrix_f32(const float *data, int64_t row_stride, int64_t col_stride)
+{
+    return mft__matrix_of(data, MFT_F32, row_stride, col_stride);
+}
+
+/* A product inside an op: memory out is the step's failure. */
+static void mft__product(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                         const float *bias, int add, float *c, int64_t ldc)
+{
+    if (!mft__gemm(ctx, m, n, k, alpha, a, b, bias, add, c, ldc)) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+}
+
+/* matmul, matrix by matrix:  da = dy b^T,  db = a^T dy */
+static void mft__matmul_each(mft_context *ctx, const mft_tensor *a, const mft_tensor *b, const mft_tensor *y,
+                             int64_t i, int64_t *oa, int64_t *ob, int64_t *oy)
+{
+    (void)ctx;
+    *oa = mft__row_offset(a, i * a->shape[a->ndim - 2]);
+    *ob = mft__row_offset(b, i * b->shape[b->ndim - 2]);
+    *oy = i * y->shape[y->ndim - 2] * y->shape[y->ndim - 1];
+}
+
+static void mft__matmul_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor  *a = r->in[0], *b = r->in[1];
+    int          d = a->ndim;
+    int64_t      M = a->shape[d - 2], K = a->shape[d - 1], N = b->shape[d - 1], i, n_mats = mft_tensor_numel(a) / (M * K), oa, ob, oy;
+    const float *dy = mft__dy(r);
+    /* row strides of the gradients are their tensors'; a transposed one is written through its transpose */
+    if (a->trainable) {
+        float *da = mft__grad_add(ctx, a);
+        if (!da) return;
+        for (i = 0; i < n_mats; i++) {
+            mft__matrix g, w;
+            mft__matmul_each(ctx, a, b, r->y, i, &oa, &ob, &oy);
+            g = mft__matrix_f32(dy + oy, N, 1);
+            w = mft__matrix_f32((const float *)b->data + ob, b->stride[d - 1], b->stride[d - 2]);
+            if (a->stride[d - 1] == 1) mft__product(ctx, M, K, N, 1, g, w, NULL, 1, da + oa, a->stride[d - 2]);
+            else mft__product(ctx, K, M, N, 1, mft__matrix_f32((const float *)w.data, w.col_stride, w.row_stride),
+                              mft__matrix_f32(dy + oy, 1, N), NULL, 1, da + oa, a->stride[d - 1]);
+        }
+    }
+    if (b->trainable) {
+        float *db = mft__grad_add(ctx, b);
+        if (!db) return;
+        for (i = 0; i < n_mats; i++) {
+            mft__matrix x;
+            mft__matmul_each(ctx, a, b, r->y, i, &oa, &ob, &oy);
+            x = mft__matrix_f32((const float *)a->data + oa, a->stride[d - 2], a->stride[d - 1]);
+            if (b->stride[d - 1] == 1) mft__product(ctx, K, N, M, 1, mft__matrix_f32((const float *)x.data, x.col_stride, x.row_stride),
+                                                    mft__matrix_f32(dy + oy, N, 1), NULL, 1, db + ob, b->stride[d - 2]);
+            else mft__product(ctx, N, K, M, 1, mft__matrix_f32(dy + oy, 1, N), x, NULL, 1, db + ob, b->stride[d - 1]);
+        }
+    }
+}
+
+/* f32, and dense along its last or last but one dimension? */
+static int mft__is_matrix(const mft_tensor *t)
+{
+    return t->dtype == MFT_F32 && t->ndim >= 2 && (t->stride[t->ndim - 1] == 1 || t->stride[t->ndim - 2] == 1);
+}
+
+MFT_API mft_tensor *mft_matmul(mft_context *ctx, mft_tensor *a, mft_tensor *b)
+{
+    mft__mark   mark;
+    mft_tensor *y;
+    int64_t     shape[MFT_MAX_DIMS], M, K, N, i, oa, ob, oy;
+    int         d, k, wants;
+    if (!mft__op_inputs(ctx, "mft_matmul", ctx && mft__fresh(a) && mft__fresh(b))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!mft__is_matrix(a) || !mft__is_matrix(b) || a->ndim != b->ndim) return mft__op_shapes(ctx, "mft_matmul", a, b);
+    d = a->ndim;
+    for (k = 0; k < d - 2; k++) if (a->shape[k] != b->shape[k]) return mft__op_shapes(ctx, "mft_matmul", a, b);
+    if (a->shape[d - 1] != b->shape[d - 2]) return mft__op_shapes(ctx, "mft_matmul", a, b);
+    M = a->shape[d - 2]; K = a->shape[d - 1]; N = b->shape[d - 1];
+    memcpy(shape, a->shape, sizeof shape);
+    shape[d - 1] = N;
+    if (!(y = mft__result(ctx, d, shape))) return NULL;
+    wants  = mft__wants_grad(ctx, a);
+    wants |= mft__wants_grad(ctx, b);
+    if (wants && !mft__record_op(ctx, mark, y, mft__matmul_backward, a, b, NULL)) return NULL;
+    for (i = 0; i < mft_tensor_numel(a) / (M * K); i++) {
+        mft__matmul_each(ctx, a, b, y, i, &oa, &ob, &oy);
+        mft__product(ctx, M, N, K, 1, mft__matrix_f32((const float *)a->data + oa, a->stride[d - 2], a->stride[d - 1]),
+                     mft__matrix_f32((const float *)b->data + ob, b->stride[d - 2], b->stride[d - 1]), NULL, 0, (float *)y->data + oy, N);
+    }
+    return ctx->step_status == MFT_OK ? y : NULL;
+}
+
+/* linear and the low-rank linear share their parts.
+ *   y = x w^T + bias          dx = dy w,  dw = dy^T x,  dbias = sum over rows of dy */
+
+/* x as [rows, in]; NULL (the step failed) when w, bias do not fit it. */
+static mft_tensor *mft__linear_input(mft_context *ctx, const char *op, mft_tensor *x, mft_tensor *w, mft_tensor *bias)
+{
+    if (w->ndim != 2 || !x->ndim || mft__cols(x) != w->shape[1]) return mft__op_shapes(ctx, op, x, w);
+    if ((!mft__is_float(w->dtype) && !mft__is_quantized(w->dtype)) || (w->stride[0] != 1 && w->stride[1] != 1))
+        return mft__op_shapes(ctx, op, w, NULL);
+    if (bias && (bias->ndim != 1 || bias->shape[0] != w->shape[0] || !mft__plain(bias))) return mft__op_shapes(ctx, op, w, bias);
+    if (w->trainable && w->dtype != MFT_F32)
+        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: a trainable weight must be f32, not %s", op, mft_dtype_name(w->dtype)));
+    return mft__plain_input(ctx, op, x);
+}
+
+static mft_tensor *mft__linear_result(mft_context *ctx, const mft_tensor *x, const mft_tensor *w)
+{
+    int64_t shape[MFT_MAX_DIMS];
+    memcpy(shape, x->shape, sizeof shape);
+    shape[x->ndim - 1] = w->shape[0];
+    return mft__result(ctx, x->ndim, shape);
+}
+
+static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, mft_tensor *y)
+{
+    int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
+    mft__product(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1),
+                 mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]), bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out);
+}
+
+static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, const float *dy)
+{
+    int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
+    int     add;
+    if (w->trainable) {
+        float *dw = mft__grad(ctx, w, &add);
+        const float *xd = (const float *)x->data;
+        if (!dw) return;
+        if (w->stride[1] == 1) mft__product(ctx, out, in, rows, 1, mft__matrix_f32(dy, 1, out), mft__matrix_f32(xd, in, 1), NULL, add, dw, w->stride[0]);
+        else                   mft__product(ctx, in, out, rows, 1, mft__matrix_f32(xd, 1, in), mft__matrix_f32(dy, out, 1), NULL, add, dw, w->stride[1]);
+    }
+    if (bias && bias->trainable) mft__broadcast_sum(ctx, bias, dy, NULL, 1, rows);
+    if (x->trainable) {
+        float *dx = mft__grad(ctx, x, &add);
+        if (dx) mft__product(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
+                             NULL, add, dx, in);
+    }
+}
+
+static void mft__linear_backward(mft_context *ctx, mft__record *r)
+{
+    mft__linear_gradients(ctx, r->in[0], r->in[1], r->in[2], mft__dy(r));
+}
+
+MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias)
+{
+    mft__mark   mark;
+    mft_tensor *y;
+    int         wants;
+    if (!mft__op_inputs(ctx, "mft_linear", ctx && mft__fresh(x) && mft__fresh(w))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__linear_input(ctx, "mft_linear", x, w, bias)) || !(y = mft__linear_result(ctx, x, w))) return NULL;
+    wants  = mft__wants_grad(ctx, x);
+    wants |= mft__wants_grad(ctx, w);
+    wants |= mft__wants_grad(ctx, bias);
+    if (wants && !mft__record_op(ctx, mark, y, mft__linear_backward, x, w, bias)) return NULL;
+    mft__linear_forward(ctx, x, w, bias, y);
+    return ctx->step_status == MFT_OK ? y : NULL;
+}
+
+/* ---- embedding:  dtable[id] += dy, token by token in order; threads divide the columns ---- */
+typedef struct mft__embedding_task {
+    const mft__kernels *k;
+    const mft_tensor   *table;
+    const int32_t      *ids;
+    float              *y;
+    const float        *dy;
+    int64_t             n;
+    int32_t             padding_idx;
+} mft__embedding_task;
+
+static void mft__embedding_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__embedding_task *t = (const mft__embedding_task *)arg;
+    int64_t i, cols = t->table->shape[1];
+    (void)worker;
+    for (i = begin; i < end; i++)
+        t->k->to_float(t->y + i * cols, (const char *)t->table->data + mft_dtype_bytes(t->table->dtype, t->ids[i] * cols), t->table->dtype, cols);
+}
+
+static void mft__embedding_backward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__embedding_task *t = (const mft__embedding_task *)arg;
+    int64_t i, cols = t->table->shape[1];
+    (void)worker;
+    for (i = 0; i < t->n; i++)
+        if (t->ids[i] != t->padding_idx)
+            t->k->axpy(t->y + t->ids[i] * cols + begin, 1, t->dy + i * cols + begin, end - begin);
+}
+
+static void mft__embedding_backward(mft_context *ctx, mft__record *r)
+{
+    mft__embedding_task t;
+    t.k = ctx->kernels; t.table = r->in[0]; t.ids = (const int32_t *)r->p[0]; t.dy = mft__dy(r);
+    t.n = r->i[0]; t.padding_idx = (int32_t)r->i[1];
+    t.y = mft__grad_add(ctx, r->in[0]);
+    if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, t.table->shape[1], 128, mft__embedding_backward_run, &t);
+}
+
+MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int32_t *ids, int64_t batch, int64_t seq, int32_t padding_idx)
+{
+    mft__embedding_task t;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int64_t      shape[3], i;
+    if (!mft__op_inputs(ctx, "mft_embedding", ctx && mft__fresh(table) && ids)) return NULL;
+    if (table->ndim != 2 || !mft__is_contiguous(table) || (table->trainable && table->dtype != MFT_F32)
+        || (!mft__is_float(table->dtype) && !mft__is_quantized(table->dtype))) return mft__op_shapes(ctx, "mft_embedding", table, NULL);
+    if (batch < 1 || seq < 1 || batch > ((int64_t)1 << 56) / seq)
+        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_embedding: there is no batch of %lld sequences of %lld tokens", (long long)batch, (long long)seq));
+    for (i = 0; i < batch * seq; i++)
+        if (ids[i] < 0 || ids[i] >= table->shape[0])
+            return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "token %lld of sequence %lld has id %ld, outside the %lld rows of the embedding%s%s",
+                                  (long long)(i % seq), (long long)(i / seq), (long)ids[i], (long long)table->shape[0], table->name ? " " : "", table->name ? table->name : ""));
+    mark = mft__low_mark(ctx);
+    shape[0] = batch; shape[1] = seq; shape[2] = table->shape[1];
+    if (!(y = mft__result(ctx, 3, shape))) return NULL;
+    if (mft__wants_grad(ctx, table)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__embedding_backward, table, NULL, NULL))) return NULL;
+        r->p[0] = ids; r->i[0] = batch * seq; r->i[1] = padding_idx;
+    }
+    t.k = ctx->kernels; t.table = table; t.ids = ids; t.y = (float *)y->data; t.dy = NULL; t.n = batch * seq; t.padding_idx = padding_idx;
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, batch * seq, MFT__ROW_GRAIN, mft__embedding_run, &t);
+    return y;
+}
+
+/* ---- norms: see [KERNEL] for one row of each; here rows, and sums over rows in fixed pieces ---- */
+typedef struct mft__norm_rows {
+    const mft__kernels *k;
+    int          layer;                     /* layer norm, else rms norm                             */
+    float       *y, *dx, *dw, *db;          /* dw, db: [pieces, cols], one a piece of rows           */
+    float       *stats;                     /* [rows] r, or [rows, 2] mean and r                     */
+    const float *x, *w, *b, *dy;
+    float        offset, eps;
+    int64_t      cols;
+} mft__norm_rows;
+
+static void mft__norm_forward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__norm_rows *t = (const mft__norm_rows *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        const float *x = t->x + i * t->cols;
+        float       *y = t->y + i * t->cols, mean, r;
+        if (t->layer) {
+            r = t->k->layer_norm(y, x, t->w, t->b, t->eps, t->cols, &mean);
+            if (t->stats) { t->stats[2 * i] = mean; t->stats[2 * i + 1] = r; }
+        } else {
+            r = t->k->rms_norm(y, x, t->w, t->offset, t->eps, t->cols);
+            if (t->stats) t->stats[i] = r;
+        }
+    }
+}
+
+static void mft__norm_backward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__norm_rows *t = (const mft__norm_rows *)arg;
+    int64_t i, piece = begin / MFT__ROW_GRAIN;
+    float  *dw = t->dw ? t->dw + piece * t->cols : NULL, *db = t->db ? t->db + piece * t->cols : NULL;
+    (void)worker;
+    if (dw) memset(dw, 0, (size_t)t->cols * sizeof *dw);
+    if (db) memset(db, 0, (size_t)t->cols * sizeof *db);
+    for (i = begin; i < end; i++) {
+        const float *x = t->x + i * t->cols, *dy = t->dy + i * t->cols;
+        float       *dx = t->dx ? t->dx + i * t->cols : NULL;
+        if (t->layer) t->k->layer_norm_backward(dx, dw, db, dy, x, t->w, t->stats[2 * i], t->stats[2 * i + 1], t->cols);
+        else          t->k->rms_norm_backward(dx, dw, dy, x, t->w, t->offset, t->stats[i], t->cols);
+    }
+}
+
+/* Adds the pieces' sums into t's gradient, in order. */
+static void mft__add_pieces(mft_context *ctx, mft_tensor *t, const float *pieces, int64_t n_pieces)
+{
+    float  *g = mft__grad_add(ctx, t);
+    int64_t i, cols = mft_tensor_numel(t);
+    if (g && MFT__RUNS(ctx)) for (i = 0; i < n_pieces; i++) ctx->kernels->axpy(g, 1, pieces + i * cols, cols);
+}
+
+static void mft__norm_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor    *x = r->in[0], *w = r->in[1], *b = r->in[2];
+    mft__norm_rows t;
+    int64_t        rows, pieces;
+    size_t         bytes;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.layer = (int)r->i[0]; t.cols = mft__cols(x);
+    t.x = (const float *)x->data; t.w = (const float *)w->data; t.dy = mft__dy(r);
+    t.stats = r->saved; t.offset = r->f[0];
+    rows = mft_tensor_numel(x) / t.cols;
+    pieces = (rows + MFT__ROW_GRAIN - 1) / MFT__ROW_GRAIN;
+    bytes  = (size_t)(pieces * t.cols) * sizeof(float);
+    if (x->trainable && !(t.dx = mft__grad_add(ctx, x))) return;
+    if (w->trainable && !(t.dw = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    if (b && b->trainable && !(t.db = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, rows, MFT__ROW_GRAIN, mft__norm_backward_run, &t);
+    if (t.dw) mft__add_pieces(ctx, w, t.dw, pieces);
+    if (t.db) mft__add_pieces(ctx, b, t.db, pieces);
+    mft__high_free(ctx, t.db, bytes);
+    mft__high_free(ctx, t.dw, bytes);
+}
+
+static mft_tensor *mft__norm_op(mft_context *ctx, const char *op, int layer, mft_tensor *x, mft_tensor *w, mft_tensor *b, float offset, float eps)
+{
+    mft__norm_rows t;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int64_t      rows;
+    int          wants;
+    if (!mft__op_inputs(ctx, op, ctx && mft__fresh(x) && mft__fresh(w))) return NULL;
+    if (w->ndim != 1 || !mft__plain(w) || !x->ndim || mft__cols(x) != w->shape[0]) return mft__op_shapes(ctx, op, x, w);
+    if (b && (!mft__same_shape(w, b) || !mft__plain(b))) return mft__op_shapes(ctx, op, w, b);
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__plain_input(ctx, op, x)) || !(y = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.layer = layer; t.cols = mft__cols(x); t.offset = offset; t.eps = eps;
+    t.x = (const float *)x->data; t.w = (const float *)w->data; t.b = b ? (const float *)b->data : NULL; t.y = (float *)y->data;
+    rows = mft_tensor_numel(x) / t.cols;
+    wants  = mft__wants_grad(ctx, x);
+    wants |= mft__wants_grad(ctx, w);
+    wants |= mft__wants_grad(ctx, b);
+    if (wants) {
+        t.stats = (float *)mft__low(ctx, (size_t)rows * (layer ? 2 : 1) * sizeof(float));
+        if (!t.stats) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+        if (!(r = mft__record_op(ctx, mark, y, mft__norm_backward, x, w, b))) return NULL;
+        r->saved = t.stats; r->i[0] = layer; r->f[0] = offset;
+    }
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, rows, MFT__ROW_GRAIN, mft__norm_forward_run, &t);
+    return y;
+}
+
+MFT_API mft_tensor *mft_layer_norm(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, float eps)
+{
+    return mft__norm_op(ctx, "mft_layer_norm", 1, x, w, bias, 0, eps);
+}
+
+MFT_API mft_tensor *mft_rms_norm(mft_context *ctx, mft_tensor *x, mft_tensor *w, float offset, float eps)
+{
+    return mft__norm_op(ctx, "mft_rms_norm", 0, x, w, NULL, offset, eps);
+}
+
+/* ---- rope: the backward pass turns the other way ---- */
+typedef struct mft__rope_task {
+    const mft__kernels *k;
+    const mft_tensor   *x;                  /* [B, T, heads, D], any strides but the last          */
+    float              *strided, *packed;   /* numbers with x's strides; contiguous ones            */
+    const int32_t      *positions;
+    const float        *inv_freq;
+    float               scale;
+    int                 backward, add;
+} mft__rope_task;
+
+static void mft__rope_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__rope_task *t = (const mft__rope_task *)arg;
+    int64_t seq = t->x->shape[1], heads = t->x->shape[2], d = t->x->shape[3], half = d / 2, i, h, k;
+    float   c[256], s[256];                 /* head_dim up to 512: the constructor checks */
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        float position = (float)(t->positions ? t->positions[i] : (int32_t)(i % seq));
+        for (k = 0; k < half; k++) {
+            float angle = position * t->inv_freq[k];            /* rounded to f32 on purpose: as Transformers has it */
+            c[k] = (float)cos((double)angle) * t->scale;
+            s[k] = (float)sin((double)angle) * (t->backward ? -t->scale : t->scale);
+        }
+        for (h = 0; h < heads; h++) {
+            float *a = t->strided + i / seq * t->x->stride[0] + i % seq * t->x->stride[1] + h * t->x->stride[2];
+            float *b = t->packed + (i * heads + h) * d;
+            if (t->backward) t->k->rope(a, b, c, s, half, t->add);
+            else             t->k->rope(b, a, c, s, half, 0);
+        }
+    }
+}
+
+static void mft__rope_do(mft_context *ctx, mft__rope_task *t)
+{
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, t->x->shape[0] * t->x->shape[1], MFT__ROW_GRAIN, mft__rope_run, t);
+}
+
+static void mft__rope_backward(mft_context *ctx, mft__record *r)
+{
+    mft__rope_task t;
+    t.k = ctx->kernels; t.x = r->in[0]; t.packed = (float *)(uintptr_t)mft__dy(r);
+    t.positions = (const int32_t *)r->p[0]; t.inv_freq = (const float *)r->p[1];
+    t.scale = r->f[0]; t.backward = 1;
+    t.strided = mft__grad(ctx, r->in[0], &t.add);
+    if (t.strided) mft__rope_do(ctx, &t);
+}
+
+MFT_API mft_tensor *mft_rope(mft_context *ctx, mft_tensor *x, const int32_t *positions, const float *inv_freq, float scale)
+{
+    mft__rope_task t;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    if (!mft__op_inputs(ctx, "mft_rope", ctx && mft__fresh(x) && inv_freq)) return NULL;
+    if (x->ndim != 4 || x->dtype != MFT_F32 || x->stride[3] != 1 || x->shape[3] % 2 || x->shape[3] > 512) return mft__op_shapes(ctx, "mft_rope", x, NULL);
+    mark = mft__low_mark(ctx);
+    if (!(y = mft__result(ctx, 4, x->shape))) return NULL;
+    if (scale == 0) scale = 1;
+    if (mft__wants_grad(ctx, x)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__rope_backward, x, NULL, NULL))) return NULL;
+        r->p[0] = positions; r->p[1] = inv_freq; r->f[0] = scale;
+    }
+    t.k = ctx->kernels; t.x = x; t.strided = (float *)x->data; t.packed = (float *)y->data;
+    t.positions = positions; t.inv_freq = inv_freq; t.scale = scale; t.backward = t.add = 0;
+    mft__rope_do(ctx, &t);
+    return y;
+}
+
+/* ---- attention ----
+ *   forward, per query: scores of a tile of keys, running maximum m and sum l (Dao et al. 2022, alg. 1);
+ *   kept are out and lse = m + log l. With p = exp(score - lse), D = <dout, out>:
+ *     dv[s] += p dout[t]     ds = p (<dout[t], v[s]> - D) scale     dq[t] += ds k[s]     dk[s] += ds q[t]
+ *   Two passes recompute p: one over queries for dq, one over keys for dk and dv, so that each number has
+ *   one writer and the order of its sum is fixed, also when a single key head serves all query heads. */
+enum { MFT__KEY_TILE = 128, MFT__MAX_HEAD_DIM = 512 };
+
+typedef struct mft__heads {                 /* [B, T, heads, D] numbers with strides */
+    float  *p;
+    int64_t batch, token, head;
+} mft__heads;
+
+static mft__heads mft__heads_of(float *p, const mft_tensor *layout)
+{
+    mft__heads h;
+    h.p = p; h.batch = layout->stride[0]; h.token = layout->stride[1]; h.head = layout->stride[2];
+    return h;
+}
+
+static float *mft__head(const mft__heads *h, int64_t b, int64_t t, int64_t head)
+{
+    return h->p + b * h->batch + t * h->token + head * h->head;
+}
+
+typedef struct mft__attention_task {
+    const mft__kernels *k;
+    mft__heads q, key, v, out, dout, dq, dk, dv;
+    float     *lse, *delta;                 /* [B, heads, T] */
+    int64_t    B, T, S, D, n_head, n_kv_head;
+    float      scale, softcap;
+    int64_t    window;
+    const int32_t *first_key;
+    int        add_q, add_k, add_v;
+} mft__attention_task;
+
+/* The keys query t of sequence b sees: [*begin, *end). */
+static void mft__visible(const mft__attention_task *a, int64_t b, int64_t t, int64_t *begin, int64_t *end)
+{
+    int64_t last = t + a->S - a->T, first = a->first_key ? a->first_key[b * a->T + t] : 0;
+    if (a->window > 0 && last - a->window + 1 > first) first = last - a->window + 1;
+    *begin = first < 0 ? 0 : first;
+    *end   = last + 1;
+}
+
+/* The score of one query with key s, past scale and cap. */
+static float mft__score(const mft__attention_task *a, const float *q, const float *key)
+{
+    float s = a->k->dot(q, key, a->D) * a->scale;
+    return a->softcap > 0 ? a->softcap * tanhf(s / a->softcap) : s;
+}
+
+static void mft__attention_query(const mft__attention_task *a, int64_t b, int64_t t, int64_t h)
+{
+    float        scores[MFT__KEY_TILE], m = -INFINITY, l = 0;
+    int64_t      kv = h / (a->n_head / a->n_kv_head), begin, end, s, i, n;
+    const float *q = mft__head(&a->q, b, t, h);
+    float       *out = mft__head(&a->out, b, t, h);
+    memset(out, 0, (size_t)a->D * sizeof *out);
+    mft__visible(a, b, t, &begin, &end);
+    for (s = begin; s < end; s += n) {
+        float high, fade;
+        n = mft__min(end - s, MFT__KEY_TILE);
+        for (i = 0; i < n; i++) scores[i] = mft__score(a, q, mft__head(&a->key, b, s + i, kv));
+        high = a->k->max(scores, n);
+        if (!(high <= m)) {                                     /* a new maximum, or NaN: what is summed so far fades */
+            fade = m == -INFINITY ? 0 : expf(m - high);
+            l *= fade;
+            a->k->scale(out, fade, out, a->D);
+            m = high;
+        }
+        l += a->k->exp_sum(scores, scores, m, n);
+        for (i = 0; i < n; i++) a->k->axpy(out, scores[i], mft__head(&a->v, b, s + i, kv), a->D);
+    }
+    if (begin < end) a->k->scale(out, 1 / l, out, a->D);
+    if (a->lse) a->lse[(b * a->n_head + h) * a->T + t] = m + logf(l);
+}
+
+static void mft__attention_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__attention_task *a = (const mft__attention_task *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) mft__attention_query(a, i / (a->T * a->n_head), i / a->n_head % a->T, i % a->n_head);
+}
+
+/* p and ds of query (b, t, h) with key s. */
+static void mft__attention_pair(const mft__attention_task *a, const float *q, const float *key, const float *v, const float *dout,
+                                float lse, float delta, float *p, float *ds)
+{
+    float s = mft__score(a, q, key);
+    *p  = expf(s - lse);
+    *ds = *p * (a->k->dot(dout, v, a->D) - delta) * a->scale;
+    if (a->softcap > 0) *ds *= 1 - (s / a->softcap) * (s / a->softcap);
+}
+
+static void mft__attention_dq_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__attention_task *a = (const mft__attention_task *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        int64_t b = i / (a->T * a->n_head), t = i / a->n_head % a->T, h = i % a->n_head, kv = h / (a->n_head / a->n_kv_head);
+        int64_t at = (b * a->n_head + h) * a->T + t, s, first, last;
+        const float *q = mft__head(&a->q, b, t, h), *dout = mft__head(&a->dout, b, t, h);
+        float *dq, p, ds;
+        a->delta[at] = a->k->dot(dout, mft__head(&a->out, b, t, h), a->D);
+        if (!a->dq.p) continue;
+        dq = mft__head(&a->dq, b, t, h);
+        if (!a->add_q) memset(dq, 0, (size_t)a->D * sizeof *dq);
+        mft__visible(a, b, t, &first, &last);
+        for (s = first; s < last; s++) {
+            const float *key = mft__head(&a->key, b, s, kv);
+            mft__attention_pair(a, q, key, mft__head(&a->v, b, s, kv), dout, a->lse[at], a->delta[at], &p, &ds);
+            a->k->axpy(dq, ds, key, a->D);
+        }
+    }
+}
+
+static void mft__attention_dkv_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__attention_task *a = (const mft__attention_task *)arg;
+    int64_t i, G = a->n_head / a->n_kv_head;
+    float   none[MFT__MAX_HEAD_DIM];
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        int64_t b = i / (a->S * a->n_kv_head), s = i / a->n_kv_head % a->S, kv = i % a->n_kv_head;
+        int64_t t = s - (a->S - a->T), t_end = a->T, h, first, last;
+        const float *key = mft__head(&a->key, b, s, kv), *v = mft__head(&a->v, b, s, kv);
+        float *dk = a->dk.p ? mft__head(&a->dk, b, s, kv) : none, *dv = a->dv.p ? mft__head(&a->dv, b, s, kv) : none, p, ds;
+        if (!a->add_k || !a->dk.p) memset(dk, 0, (size_t)a->D * sizeof *dk);
+        if (!a->add_v || !a->dv.p) memset(dv, 0, (size_t)a->D * sizeof *dv);
+        if (a->window > 0 && t + a->window < t_end) t_end = t + a->window;
+        for (t = t < 0 ? 0 : t; t < t_end; t++) {
+            mft__visible(a, b, t, &first, &last);
+            if (s < first) continue;
+            for (h = kv * G; h < (kv + 1) * G; h++) {
+                int64_t      at = (b * a->n_head + h) * a->T + t;
+                const float *q = mft__head(&a->q, b, t, h), *dout = mft__head(&a->dout, b, t, h);
+                mft__attention_pair(a, q, key, v, dout, a->lse[at], a->delta[at], &p, &ds);
+                a->k->axpy(dk, ds, q, a->D);
+                a->k->axpy(dv, p, dout, a->D);
+            }
+        }
+    }
+}
+
+/* What both directions know of the shapes and options. */
+static mft__attention_task mft__attention_of(mft_context *ctx, const mft_tensor *q, const mft_tensor *k, const mft_tensor *v,
+                                             const mft_tensor *out, const mft_attention_desc *d)
+{
+    mft__attention_task a;
+    memset(&a, 0, sizeof a);
+    a.k = ctx->kernels;
+    a.q = mft__heads_of((float *)q->data, q); a.key = mft__heads_of((float *)k->data, k);
+    a.v = mft__heads_of((float *)v->data, v); a.out = mft__heads_of((float *)out->data, out);
+    a.B = q->shape[0]; a.T = q->shape[1]; a.n_head = q->shape[2]; a.D = q->shape[3];
+    a.S = k->shape[1]; a.n_kv_head = k->shape[2];
+    a.scale = d->scale != 0 ? d->scale : (float)(1 / sqrt((double)a.D));
+    a.window = d->window; a.softcap = d->softcap; a.first_key = d->first_key;
+    return a;
+}
+
+static void mft__attention_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor *q = r->in[0], *k = r->in[1], *v = r->in[2];
+    mft_attention_desc  d;
+    mft__attention_task a;
+    size_t              bytes;
+    d.scale = r->f[0]; d.softcap = r->f[1]; d.window = (int)r->i[0]; d.first_key = (const int32_t *)r->p[0];
+    a = mft__attention_of(ctx, q, k, v, r->y, &d);
+    a.lse  = r->saved;
+    a.dout = mft__heads_of((float *)r->y->grad->data, r->y);
+    a.dq = a.q; a.dk = a.key; a.dv = a.v;                       /* a gradient has its tensor's strides */
+    a.dq.p = a.dk.p = a.dv.p = NULL;
+    if (q->trainable && !(a.dq.p = mft__grad(ctx, q, &a.add_q))) return;
+    if (k->trainable && !(a.dk.p = mft__grad(ctx, k, &a.add_k))) return;
+    if (v->trainable && !(a.dv.p = mft__grad(ctx, v, &a.add_v))) return;
+    bytes = (size_t)(a.B * a.n_head * a.T) * sizeof(float);
+    if (!(a.delta = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    if (MFT__RUNS(ctx)) {
+        mft__parallel(ctx, a.B * a.T * a.n_head, MFT__ROW_GRAIN, mft__attention_dq_run, &a);
+        if (a.dk.p || a.dv.p) mft__parallel(ctx, a.B * a.S * a.n_kv_head, MFT__ROW_GRAIN, mft__attention_dkv_run, &a);
+    }
+    mft__high_free(ctx, a.delta, bytes);
+}
+
+MFT_API mft_tensor *mft_attention(mft_context *ctx, mft_tensor *q, mft_tensor *k, mft_tensor *v, const mft_attention_desc *desc)
+{
+    mft_attention_desc  d;
+    mft__attention_task a;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int          wants;
+    if (!mft__op_inputs(ctx, "mft_attention", ctx && mft__fresh(q) && mft__fresh(k) && mft__fresh(v))) return NULL;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (q->ndim != 4 || k->ndim != 4 || q->dtype != MFT_F32 || k->dtype != MFT_F32 || q->stride[3] != 1 || k->stride[3] != 1
+        || q->shape[0] != k->shape[0] || q->shape[3] != k->shape[3] || k->shape[1] < q->shape[1] || q->shape[2] % k->shape[2]
+        || q->shape[3] > MFT__MAX_HEAD_DIM) return mft__op_shapes(ctx, "mft_attention", q, k);
+    if (!mft__same_shape(k, v) || v->dtype != MFT_F32 || v->stride[3] != 1) return mft__op_shapes(ctx, "mft_attention", k, v);
+    mark = mft__low_mark(ctx);
+    if (!(y = mft__result(ctx, 4, q->shape))) return NULL;
+    a = mft__attention_of(ctx, q, k, v, y, &d);
+    wants  = mft__wants_grad(ctx, q);
+    wants |= mft__wants_grad(ctx, k);
+    wants |= mft__wants_grad(ctx, v);
+    if (wants) {
+        a.lse = (float *)mft__low(ctx, (size_t)(a.B * a.n_head * a.T) * sizeof(float));
+        if (!a.lse) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+        if (!(r = mft__record_op(ctx, mark, y, mft__attention_backward, q, k, v))) return NULL;
+        r->saved = a.lse; r->f[0] = a.scale; r->f[1] = a.softcap; r->i[0] = a.window; r->p[0] = a.first_key;
+    }
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, a.B * a.T * a.n_head, MFT__ROW_GRAIN, mft__attention_run, &a);
+    return y;
+}
+
+/* ==============================================================================
+ * MARK: - [LORA] y = x w^T + bias + scale u b^T,  u = dropout(x) a^T
+ *
+ *   with g = scale dy b:   da = g^T dropout(x),  db = scale dy^T u,  dx = dy w + dropout'(g a)
+ * ============================================================================== */
+static void mft__lora_backward(mft_context *ctx, mft__record *rec)
+{
+    mft_tensor *x = rec->in[0], *w = rec->in[1], *bias = rec->in[2], *a = rec->in[3], *b = rec->in[4];
+    int64_t     in = w->shape[1], out = w->shape[0], rank = a->shape[0], rows = mft_tensor_numel(x) / in;
+    const float *dy = mft__dy(rec), *ad = (const float *)a->data, *bd = (const float *)b->data;
+    float       scale = rec->f[0], p = rec->f[1], *g, *xd = (float *)x->data, *grad;
+    size_t      g_bytes = (size_t)(rows * rank) * sizeof(float), x_bytes = (size_t)(rows * in) * sizeof(float);
+    int         add;
+
+    if (b->trainable && (grad = mft__grad(ctx, b, &add)) != NULL)
+        mft__product(ctx, out, rank, rows, scale, mft__matrix_f32(dy, 1, out), mft__matrix_f32(rec->saved, rank, 1), NULL, add, grad, rank);
+    mft__linear_gradients(ctx, x, w, bias, dy);
+    if (!(g = (float *)mft__high(ctx, g_bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    mft__product(ctx, rows, rank, out, scale, mft__matrix_f32(dy, out, 1), mft__matrix_f32(bd, rank, 1), NULL, 0, g, rank);
+    if (a->trainable) {
+        if (p > 0) {
+            if (!(xd = (float *)mft__high(ctx, x_bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+            mft__dropout_do(ctx, xd, (const float *)x->data, rows * in, p, (uint64_t)rec->i[0], 0);
+        }
+        if ((grad = mft__grad(ctx, a, &add)) != NULL)
+            mft__product(ctx, rank, in, rows, 1, mft__matrix_f32(g, 1, rank), mft__matrix_f32(xd, in, 1), NULL, add, grad, in);
+        if (p > 0) mft__high_free(ctx, xd, x_bytes);
+    }
+    if (x->trainable && (grad = mft__grad_add(ctx, x)) != NULL) {
+        if (p > 0) {
+            float *t = (float *)mft__high(ctx, x_bytes);
+            if (!t) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+            mft__product(ctx, rows, in, rank, 1, mft__matrix_f32(g, rank, 1), mft__matrix_f32(ad, in, 1), NULL, 0, t, in);
+            mft__dropout_do(ctx, grad, t, rows * in, p, (uint64_t)rec->i[0], 1);
+            mft__high_free(ctx, t, x_bytes);
+        } else mft__product(ctx, rows, in, rank, 1, mft__matrix_f32(g, rank, 1), mft__matrix_f32(ad, in, 1), NULL, 1, grad, in);
+    }
+    mft__high_free(ctx, g, g_bytes);
+}
+
+MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                    mft_tensor *a, mft_tensor *b, float scale, float dropout)
+{
+    mft__mark    mark;
+    mft__record *rec;
+    mft_tensor  *y;
+    float       *u, *xd;
+    int64_t      in, out, rank, rows;
+    uint64_t     stream = 0;
+    size_t       x_bytes;
+    int          wants, drops;
+    if (!mft__op_inputs(ctx, "mft_lora_linear", ctx && mft__fresh(x) && mft__fresh(w) && mft__fresh(a) && mft__fresh(b))) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__linear_input(ctx, "mft_lora_linear", x, w, bias))) return NULL;
+    in = w->shape[1]; out = w->shape[0]; rows = mft_tensor_numel(x) / in;
+    if (a->ndim != 2 || !mft__plain(a) || a->shape[1] != in) return mft__op_shapes(ctx, "mft_lora_linear", w, a);
+    rank = a->shape[0];
+    if (b->ndim != 2 || !mft__plain(b) || b->shape[0] != out || b->shape[1] != rank) return mft__op_shapes(ctx, "mft_lora_linear", w, b);
+    if (!(y = mft__linear_result(ctx, x, w))) return NULL;
+    wants  = mft__wants_grad(ctx, x);
+    wants |= mft__wants_grad(ctx, w);
+    wants |= mft__wants_grad(ctx, bias);
+    wants |= mft__wants_grad(ctx, a);
+    wants |= mft__wants_grad(ctx, b);
+    /* u is kept for db; without a record it is only passing through */
+    u = (float *)(wants ? mft__low(ctx, (size_t)(rows * rank) * sizeof(float)) : mft__high(ctx, (size_t)(rows * rank) * sizeof(float)));
+    if (!u) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    drops = mft__drops(ctx, dropout);
+    if (drops) stream = mft__draw_stream(ctx);
+    if (wants) {
+        if (!(rec = mft__record_op(ctx, mark, y, mft__lora_backward, x, w, bias))) return NULL;
+        rec->in[3] = a; rec->in[4] = b; rec->saved = u;
+        rec->f[0] = scale; rec->f[1] = drops ? dropout : 0; rec->i[0] = (int64_t)stream;
+    }
+    mft__linear_forward(ctx, x, w, bias, y);
+    xd = (float *)x->data; x_bytes = (size_t)(rows * in) * sizeof(float);
+    if (drops) {
+        if (!(xd = (float *)mft__high(ctx, x_bytes))) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+        mft__dropout_do(ctx, xd, (const float *)x->data, rows * in, dropout, stream, 0);
+    }
+    mft__product(ctx, rows, rank, in, 1, mft__matrix_f32(xd, in, 1), mft__matrix_f32((const float *)a->data, 1, in), NULL, 0, u, rank);
+    if (drops) mft__high_free(ctx, xd, x_bytes);
+    mft__product(ctx, rows, out, rank, scale, mft__matrix_f32(u, rank, 1), mft__matrix_f32((const float *)b->data, 1, rank), NULL, 1, (float *)y->data, out);
+    if (!wants) mft__high_free(ctx, u, (size_t)(rows * rank) * sizeof(float));
+    return ctx->step_status == MFT_OK ? y : NULL;
+}
+
+/* ---- DoRA ---- */
+enum { MFT__DORA_ROWS = 64 };
+
+/* norm[o] = |w[o,:] + scale (b a)[o,:]|, a few rows at a time; b NULL: of w alone. 0: the step failed. */
+static int mft__row_norms(mft_context *ctx, const mft_tensor *w, const float *a, const float *b, int64_t rank, float scale, float *norm)
+{
+    int64_t out = w->shape[0], in = w->shape[1], o, i, c;
+    size_t  bytes = (size_t)(MFT__DORA_ROWS * in) * sizeof(float), size = mft_dtype_bytes(w->dtype, 1);
+    float  *sum = (float *)mft__high(ctx, bytes), *row = (float *)mft__high(ctx, (size_t)in * sizeof(float));
+    if (!sum || !row) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return 0; }
+    for (o = 0; o < out; o += MFT__DORA_ROWS) {
+        int64_t n = mft__min(out - o, MFT__DORA_ROWS);
+        if (b) mft__product(ctx, n, in, rank, scale, mft__matrix_f32(b + o * rank, rank, 1), mft__matrix_f32(a, in, 1), NULL, 0, sum, in);
+        else if (MFT__RUNS(ctx)) memset(sum, 0, bytes);
+        for (i = 0; i < n && MFT__RUNS(ctx); i++) {
+            if (w->stride[1] == 1) ctx->kernels->to_float(row, (const char *)w->data + mft_dtype_bytes(w->dtype, (o + i) * w->stride[0]), w->dtype, in);
+            else for (c = 0; c < in; c++)
+                ctx->kernels->to_float(row + c, (const char *)w->data + size * (size_t)((o + i) + c * w->stride[1]), w->dtype, 1);
+            ctx->kernels->add(row, row, sum + i * in, in);
+            norm[o + i] = (float)sqrt(ctx->kernels->sum_squares(row, in));
+        }
+    }
+    mft__high_free(ctx, row, (size_t)in * sizeof(float));
+    mft__high_free(ctx, sum, bytes);
+    return ctx->step_status == MFT_OK;
+}
+
+MFT_API mft_tensor *mft_dora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                    mft_tensor *a, mft_tensor *b, mft_tensor *magnitude, float scale, float dropout)
+{
+    mft_tensor *inverse, *gain, *dropped, *y;
+    int64_t     i;
+    if (!mft__op_inputs(ctx, "mft_dora_linear", ctx && mft__fresh(x) && mft__fresh(w) && mft__fresh(a) && mft__fresh(b) && mft__fresh(magnitude))) return NULL;
+    if (w->ndim != 2 || magnitude->ndim != 1 || magnitude->shape[0] != w->shape[0]) return mft__op_shapes(ctx, "mft_dora_linear", w, magnitude);
+    if (a->ndim != 2 || b->ndim != 2 || !mft__plain(a) || !mft__plain(b) || a->shape[1] != w->shape[1] || b->shape[0] != w->shape[0]
+        || b->shape[1] != a->shape[0]) return mft__op_shapes(ctx, "mft_dora_linear", a, b);
+    if (!(inverse = mft__result(ctx, 1, magnitude->shape))) return NULL;
+    if (!mft__row_norms(ctx, w, (const float *)a->data, (const float *)b->data, a->shape[0], scale, (float *)inverse->data)) return NULL;
+    if (MFT__RUNS(ctx)) for (i = 0; i < w->shape[0]; i++) ((float *)inverse->data)[i] = 1 / ((float *)inverse->data)[i];
+    gain    = mft_mul(ctx, magnitude, inverse);
+    dropped = mft_dropout(ctx, x, dropout);
+    y = mft_mul(ctx, mft_lora_linear(ctx, dropped, w, NULL, a, b, scale, 0), gain);
+    if (dropped != x) y = mft_add(ctx, y, mft_sub(ctx, mft_linear(ctx, x, w, NULL), mft_linear(ctx, dropped, w, NULL)));
+    return bias ? mft_add(ctx, y, bias) : y;
+}
+
+/* ==============================================================================
+ * MARK: - [LOSS] Cross-entropy, whole and fused with the head
+ *
+ *   loss = sum over counted rows of (lse - logit[label]) / n,   dlogits = (softmax - onehot) dy / n
+ *   lse = high + log(sum exp(logit - high)) is kept as its two parts: rounded to one float it would put an
+ *   error of 6e-8 lse into every softmax (9e-6 of the gradient where logits reach 100, measured)
+ * ============================================================================== */
+
+/* Rows whose label counts; *rows gets their numbers. -1: the step failed, also when no row counts, unless
+ * n_valid says that this is a part of something larger. */
+static int64_t mft__labelled_rows(mft_context *ctx, const char *op, const int32_t *labels, int64_t n, int64_t vocab, int64_t n_valid, int32_t **rows)
+{
+    int64_t i, count = 0;
+    for (i = 0; i < n; i++) {
+        if (labels[i] == -100) continue;
+        if (labels[i] < 0 || labels[i] >= vocab) {
+            mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: label %lld is %ld, outside the vocabulary of %lld",
+                                          op, (long long)i, (long)labels[i], (long long)vocab));
+            return -1;
+        }
+        count++;
+    }
+    if (!count && n_valid <= 0) {
+        mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: every label is -100: there is nothing to learn from", op));
+        return -1;
+    }
+    *rows = (int32_t *)mft__meta(ctx, (size_t)count * sizeof **rows);   /* real memory, also while planning */
+    if (!*rows) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return -1; }
+    for (i = count = 0; i < n; i++) if (labels[i] != -100) (*rows)[count++] = (int32_t)i;
+    return count;
+}
+
+typedef struct mft__xent_task {
+    const mft__kernels *k;
+    const int32_t *rows, *labels;
+    const float   *logits;                  /* [.., V] for the whole op, a tile [count, tile] for the fused one */
+    float         *out, *high, *sum, *label_logit;      /* of each row: the greatest logit, sum of exp(logit - high) */
+    int64_t        vocab, tile_begin;
+    float          s, softcap;
+} mft__xent_task;
+
+static void mft__xent_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__xent_task *t = (const mft__xent_task *)arg;
+    float   part[256];
+    int64_t i, c;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        const float *x = t->logits + t->rows[i] * t->vocab;
+        float        high = t->k->max(x, t->vocab);
+        double       sum = 0;
+        for (c = 0; c < t->vocab; c += 256) sum += t->k->exp_sum(part, x + c, high, mft__min(t->vocab - c, 256));
+        t->high[i] = high; t->sum[i] = (float)sum;
+    }
+}
+
+static void mft__xent_backward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__xent_task *t = (const mft__xent_task *)arg;
+    float   p[256];
+    int64_t i, c;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        const float *x = t->logits + t->rows[i] * t->vocab;
+        float       *dx = t->out + t->rows[i] * t->vocab;
+        for (c = 0; c < t->vocab; c += 256) {
+            int64_t n = mft__min(t->vocab - c, 256);
+            t->k->exp_sum(p, x + c, t->high[i], n);
+            t->k->axpy(dx + c, t->s / t->sum[i], p, n);
+        }
+        dx[t->labels[t->rows[i]]] -= t->s;
+    }
+}
+
+static void mft__xent_backward(mft_context *ctx, mft__record *r)
+{
+    mft__xent_task t;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.labels = (const int32_t *)r->p[0]; t.rows = (const int32_t *)r->p[1];
+    t.logits = (const float *)r->in[0]->data; t.vocab = mft__cols(r->in[0]);
+    t.high = r->saved; t.sum = r->saved + r->i[0];
+    if (!(t.out = mft__grad_add(ctx, r->in[0])) || !MFT__RUNS(ctx)) return;
+    t.s = *mft__dy(r) * r->f[0];
+    mft__parallel(ctx, r->i[0], MFT__ROW_GRAIN, mft__xent_backward_run, &t);
+}
+
+/* The mean of lse - logit[label]: in double, in the order of the rows. */
+static float mft__xent_mean(const float *high, const float *row_sum, const float *label_logit, int64_t n, float s)
+{
+    double  sum = 0;
+    int64_t i;
+    for (i = 0; i < n; i++) sum += (double)high[i] - (double)label_logit[i] + log((double)row_sum[i]);
+    return (float)(sum * (double)s);
+}
+
+MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, const int32_t *labels, int64_t n_valid)
+{
+    mft__xent_task t;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int32_t     *rows;
+    int64_t      n, i;
+    double       sum = 0;
+    if (!mft__op_inputs(ctx, "mft_cross_entropy", ctx && mft__fresh(logits) && labels)) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!logits->ndim) return mft__op_shapes(ctx, "mft_cross_entropy", logits, NULL);
+    if (!(logits = mft__plain_input(ctx, "mft_cross_entropy", logits)) || !(y = mft__result(ctx, 0, NULL))) return NULL;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.labels = labels; t.vocab = mft__cols(logits); t.logits = (const float *)logits->data;
+    n = mft__labelled_rows(ctx, "mft_cross_entropy", labels, mft_tensor_numel(logits) / t.vocab, t.vocab, n_valid, &rows);
+    if (n < 0) return NULL;
+    t.rows = rows;
+    t.high = (float *)mft__low(ctx, (size_t)n * 2 * sizeof(float));
+    if (!t.high) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    t.sum = t.high + n;
+    t.s = (float)(1.0 / (double)(n_valid > 0 ? n_valid : n));
+    if (mft__wants_grad(ctx, logits)) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__xent_backward, logits, NULL, NULL))) return NULL;
+        r->p[0] = labels; r->p[1] = rows; r->saved = t.high; r->f[0] = t.s; r->i[0] = n;
+    }
+    if (!MFT__RUNS(ctx)) return y;
+    mft__parallel(ctx, n, MFT__ROW_GRAIN, mft__xent_run, &t);
+    for (i = 0; i < n; i++) sum += (double)t.high[i] - (double)t.logits[rows[i] * t.vocab + labels[rows[i]]] + log((double)t.sum[i]);
+    *(float *)y->data = (float)(sum * (double)t.s);
+    return y;
+}
+
+/* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB ---- */
+enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048 };
+
+/* A tile's logits into the running maximum and sum of each row, and the label's logit where it falls in. */
+static void mft__head_forward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__xent_task *t = (const mft__xent_task *)arg;
+    int64_t i, c, n = t->vocab;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        float  *x = t->out + i * n, high;
+        int64_t label = t->labels[t->rows[i]] - t->tile_begin;
+        if (t->softcap > 0) for (c = 0; c < n; c++) x[c] = t->softcap * tanhf(x[c] / t->softcap);
+        if (label >= 0 && label < n) t->label_logit[i] = x[label];
+        high = t->k->max(x, n);
+        if (!(high <= t->high[i])) {
+            t->sum[i] *= t->high[i] == -INFINITY ? 0 : expf(t->high[i] - high);
+            t->high[i] = high;
+        }
+        t->sum[i] += t->k->exp_sum(x, x, t->high[i], n);
+    }
+}
+
+/* A tile's logits become the gradient of the loss in them. */
+static void mft__head_backward_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__xent_task *t = (const mft__xent_task *)arg;
+    int64_t i, c, n = t->vocab;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        float  *x = t->out + i * n;
+        int64_t label = t->labels[t->rows[i]] - t->tile_begin;
+        if (t->softcap > 0) {
+            for (c = 0; c < n; c++) {
+                float u = tanhf(x[c] / t->softcap);
+                x[c] = t->s * (expf(t->softcap * u - t->high[i]) / t->sum[i] - (c == label ? 1 : 0)) * (1 - u * u);
+            }
+            continue;
+        }
+        t->k->exp_sum(x, x, t->high[i], n);
+        t->k->scale(x, t->s / t->sum[i], x, n);
+        if (label >= 0 && label < n) x[label] -= t->s;
+    }
+}
+
+/* The counted rows of x, one after the other: x itself if all count, else a copy at the high end. */
+static float *mft__head_rows(mft_context *ctx, const mft_tensor *x, const int32_t *rows, int64_t n, int64_t cols)
+{
+    float  *p;
+    int64_t i;
+    if (n == mft_tensor_numel(x) / cols) return (float *)x->data;
+    p = (float *)mft__high(ctx, (size_t)(n * cols) * sizeof(float));
+    if (!p) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+    if (MFT__RUNS(ctx)) for (i = 0; i < n; i++) memcpy(p + i * cols, (const float *)x->data + rows[i] * cols, (size_t)cols * sizeof(float));
+    return p;
+}
+
+/* Goes over all tiles: logits by a product, then `run` on their rows, then, if wanted, the products of the gradient. */
+static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, const float *x, const mft_tensor *w, int64_t n,
+                            float *dx, float *dw, int add_dw)
+{
+    int64_t cols = w->shape[1], vocab = w->shape[0], v, r;
+    int64_t rows_most = mft__min(n, MFT__HEAD_ROWS), tile_most = mft__min(vocab, MFT__HEAD_TILE);
+    size_t  bytes = (size_t)(rows_most * tile_most) * sizeof(float);
+    const int32_t *rows = t->rows;
+    float  *tile = (float *)mft__high(ctx, bytes), *high = t->high, *sum = t->sum, *label_logit = t->label_logit;
+    if (!tile) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    t->out = tile;
+    for (v = 0; n && v < vocab && !mft__cancelled(ctx); v += MFT__HEAD_TILE) {  /* the weights pass by once */
+        int64_t nv = mft__min(vocab - v, MFT__HEAD_TILE);
+        const char *wv = (const char *)w->data + mft_dtype_bytes(w->dtype, v * w->stride[0]);
+        t->vocab = nv; t->tile_begin = v;
+        for (r = 0; r < n; r += MFT__HEAD_ROWS) {
+            int64_t nr = mft__min(n - r, MFT__HEAD_ROWS);
+            mft__product(ctx, nr, nv, cols, 1, mft__matrix_f32(x + r * cols, cols, 1), mft__matrix_of(wv, w->dtype, w->stride[1], w->stride[0]), NULL, 0, tile, nv);
+            t->rows = rows + r; t->high = high + r; t->sum = sum + r; t->label_logit = label_logit ? label_logit + r : NULL;
+            if (MFT__RUNS(ctx)) mft__parallel(ctx, nr, 4, run, t);
+            if (dx) mft__product(ctx, nr, cols, nv, 1, mft__matrix_f32(tile, nv, 1), mft__matrix_of(wv, w->dtype, w->stride[0], w->stride[1]),
+                                 NULL, v > 0, dx + r * cols, cols);
+            if (dw) mft__product(ctx, nv, cols, nr, 1, mft__matrix_f32(tile, 1, nv), mft__matrix_f32(x + r * cols, cols, 1),
+                                 NULL, add_dw || r > 0, dw + v * w->stride[0], w->stride[0]);
+        }
+    }
+    t->rows = rows; t->high = high; t->sum = sum; t->label_logit = label_logit;
+    mft__high_free(ctx, tile, bytes);
+    if (mft__cancelled(ctx)) mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
+}
+
+static void mft__head_backward(mft_context *ctx, mft__record *r)
+{
+    mft_tensor    *x = r->in[0], *w = r->in[1];
+    mft__xent_task t;
+    int64_t        n = r->i[0], cols = w->shape[1], i;
+    size_t         bytes = (size_t)(n * cols) * sizeof(float);
+    float         *packed, *dx = NULL, *dw = NULL, *grad;
+    int            add_dw = 0;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.labels = (const int32_t *)r->p[0]; t.rows = (const int32_t *)r->p[1];
+    t.high = r->saved; t.sum = r->saved + n; t.softcap = r->f[1];
+    t.s = MFT__RUNS(ctx) ? *mft__dy(r) * r->f[0] : 0;
+    if (w->trainable && !(dw = n ? mft__grad(ctx, w, &add_dw) : mft__grad_add(ctx, w))) return;      /* without a row nobody writes it */
+    if (x->trainable && !(dx = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+    if (!(packed = mft__head_rows(ctx, x, t.rows, n, cols))) return;
+    mft__head_tiles(ctx, &t, mft__head_backward_run, packed, w, n, dx, dw, add_dw);
+    if (packed != (float *)x->data) mft__high_free(ctx, packed, bytes);
+    if (!dx || !(grad = mft__grad_add(ctx, x))) return;
+    if (MFT__RUNS(ctx)) for (i = 0; i < n; i++) ctx->kernels->axpy(grad + t.rows[i] * cols, 1, dx + i * cols, cols);
+    mft__high_free(ctx, dx, bytes);
+}
+
+MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mft_tensor *w, const int32_t *labels,
+                                             int64_t n_valid, float softcap)
+{
+    mft__xent_task t;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int32_t     *rows;
+    int64_t      n, i, cols;
+    size_t       bytes;
+    float       *packed;
+    int          wants;
+    if (!mft__op_inputs(ctx, "mft_linear_cross_entropy", ctx && mft__fresh(x) && mft__fresh(w) && labels)) return NULL;
+    mark = mft__low_mark(ctx);
+    if (!(x = mft__linear_input(ctx, "mft_linear_cross_entropy", x, w, NULL)) || !(y = mft__result(ctx, 0, NULL))) return NULL;
+    if (w->stride[1] != 1) return mft__op_shapes(ctx, "mft_linear_cross_entropy", w, NULL);
+    cols = w->shape[1];
+    n = mft__labelled_rows(ctx, "mft_linear_cross_entropy", labels, mft_tensor_numel(x) / cols, w->shape[0], n_valid, &rows);
+    if (n < 0) return NULL;
+    memset(&t, 0, sizeof t);
+    t.k = ctx->kernels; t.labels = labels; t.rows = rows; t.softcap = softcap;
+    t.s = (float)(1.0 / (double)(n_valid > 0 ? n_valid : n));
+    t.high = (float *)mft__low(ctx, (size_t)n * 2 * sizeof(float));
+    if (!t.high) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    t.sum = t.high + n;
+    wants  = mft__wants_grad(ctx, x);
+    wants |= mft__wants_grad(ctx, w);
+    if (wants) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__head_backward, x, w, NULL))) return NULL;
+        r->p[0] = labels; r->p[1] = rows; r->saved = t.high; r->f[0] = t.s; r->f[1] = softcap; r->i[0] = n;
+    }
+    bytes = (size_t)n * sizeof(float);
+    t.label_logit = (float *)mft__high(ctx, bytes);
+    if (!t.label_logit) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    if (MFT__RUNS(ctx)) for (i = 0; i < n; i++) { t.high[i] = -INFINITY; t.sum[i] = 0; }
+    if (!(packed = mft__head_rows(ctx, x, rows, n, cols))) return NULL;
+    mft__head_tiles(ctx, &t, mft__head_forward_run, packed, w, n, NULL, NULL, 0);
+    if (packed != (float *)x->data) mft__high_free(ctx, packed, (size_t)(n * cols) * sizeof(float));
+    if (MFT__RUNS(ctx)) *(float *)y->data = mft__xent_mean(t.high, t.sum, t.label_logit, n, t.s);
+    mft__high_free(ctx, t.label_logit, bytes);
+    return ctx->step_status == MFT_OK ? y : NULL;
+}
+
+MFT_API mft_tensor *mft_mse_loss(mft_context *ctx, mft_tensor *x, mft_tensor *y)
+{
+    mft_tensor *d = mft_sub(ctx, x, y);
+    return mft_mean(ctx, mft_mul(ctx, d, d));
+}
+
+/* ==============================================================================
+ * MARK: - [BACKWARD] The walk, checkpoints
+ * ============================================================================== */
+
+/* Undoes all of ctx->tape, latest first, giving memory back as it goes. */
+static void mft__walk(mft_context *ctx)
+{
+    while (ctx->tape) {
+        mft__record *r = ctx->tape;
+        if (ctx->step_status == MFT_OK && mft__cancelled(ctx))
+            mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
+        /* a result nothing was derived from has no gradient: its record is dropped unread */
+        if (r->y->grad && ctx->step_status == MFT_OK) r->backward(ctx, r);
+        ctx->tape = r->before;
+        mft__grad_drop(ctx, r->y);
+        mft__of(r->y)->consumed = 1;
+        if (mft_tensor_numel(r->y) != 1) r->y->data = NULL;     /* single numbers stay readable */
+        mft__low_pop(ctx, r->mark);
+    }
+}
+
+/* x again as a leaf that hands its gradient to x. */
+static mft_tensor *mft__alias(mft_context *ctx, mft_tensor *x)
+{
+    mft_tensor *t = mft__tensor_struct(ctx);
+    if (!t) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+    mft__view_of(t, x, 0);
+    t->ndim = x->ndim;
+    memcpy(t->shape, x->shape, sizeof t->shape);
+    memcpy(t->stride, x->stride, sizeof t->stride);
+    return t;
+}
+
+static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)
+{
+    mft_checkpoint_fn fn;
+    mft_tensor *x, *y;
+    mft__record *outer = ctx->tape;
+    uint64_t    draws = ctx->draw_index;
+    int         was;
+
+    memcpy(&fn, &r->p[0], sizeof fn);
+    x = mft__alias(ctx, r->in[0]);
+    if (!x) return;
+    ctx->tape = NULL;
+    ctx->draw_index = (uint64_t)r->i[0];
+    was = mft_grad_enable(ctx, 1);                              /* mft_backward may be called where recording is off */
+    y = fn(ctx, x, (void *)(uintptr_t)r->p[1]);
+    if (y) y = mft_contiguous(ctx, y);                          /* laid out as dy is */
+    mft_grad_enable(ctx, was);
+    ctx->draw_index = draws;
+    if (y && y->trainable) {
+        if (mft__of(y)->kind == MFT__STEP_TENSOR && !mft__of(y)->view_of && !y->grad) {                /* dy changes hands; y's record gives it back */
+            y->grad = r->y->grad; r->y->grad = NULL;
+            mft__of(y)->grad_written = 1;
+        } else {
+            float *dy = mft__grad_add(ctx, y);
+            if (dy && MFT__RUNS(ctx)) ctx->kernels->axpy(dy, 1, mft__dy(r), mft_tensor_numel(y));
+        }
+    }
+    mft__walk(ctx);                                             /* to the start of fn; drops its records also on failure */
+    ctx->tape = outer;
+}
+
+MFT_API mft_tensor *mft_checkpoint(mft_context *ctx, mft_checkpoint_fn fn, mft_tensor *x, void *user)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y, *kept;
+    uint64_t     draws;
+    int          was, saw, needs;
+
+    if (!mft__op_inputs(ctx, "mft_checkpoint", ctx && fn && mft__fresh(x))) return NULL;
+    mark  = mft__low_mark(ctx);
+    draws = ctx->draw_index;
+    saw   = ctx->saw_trainable;
+    was   = mft_grad_enable(ctx, 0);
+    ctx->saw_trainable = x->trainable;
+    ctx->in_checkpoint += was;
+    y = fn(ctx, x, user);
+    if (y && y != x) y = mft_contiguous(ctx, y);
+    ctx->in_checkpoint -= was;
+    mft_grad_enable(ctx, was);
+    needs = ctx->saw_trainable || (y && y->trainable);          /* fn may return a parameter as it is */
+    ctx->saw_trainable |= saw;
+    if (!y || y == x) return y;
+
+    mft__low_pop(ctx, mark);                                    /* all of fn's tensors go; the result moves down */
+    kept = mft__tensor_step(ctx, y->ndim, y->shape);
+    if (!kept) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    if (MFT__RUNS(ctx)) memmove(kept->data, y->data, mft__grad_bytes(y));
+    if (!was || !needs) return kept;
+    r = mft__record_op(ctx, mark, kept, mft__checkpoint_backward, x, NULL, NULL);
+    if (!r) return NULL;
+    memcpy(&r->p[0], &fn, sizeof fn);
+    r->p[1] = user; r->i[0] = (int64_t)draws;
+    return kept;
+}
+
+MFT_API mft_status mft_backward(mft_context *ctx, mft_tensor *loss)
+{
+    float *g;
+    if (!ctx) return MFT_ERR_INVALID_ARGUMENT;
+    if (ctx->step_status == MFT_OK && mft__cancelled(ctx))
+        mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
+    if (ctx->step_status == MFT_OK && !loss)
+        mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_backward: the loss is NULL"));
+    if (ctx->step_status == MFT_OK && !mft__fresh(loss))
+        mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_backward: an earlier backward pass of this step has consumed what the loss was made from"));
+    if (ctx->step_status == MFT_OK && mft_tensor_numel(loss) != 1) mft__op_shapes(ctx, "mft_backward", loss, NULL);
+    if (ctx->step_status == MFT_OK && loss->trainable) {        /* else nothing below it is: no gradient, no work */
+        g = mft__grad_add(ctx, loss);
+        if (g && MFT__RUNS(ctx)) *g = 1;
+        mft__walk(ctx);
+    }
+    if (ctx->step_status != MFT_OK) memcpy(ctx->error, ctx->step_error, sizeof ctx->error);
+    return ctx->step_status;
+}
+
+/* ==============================================================================
+ * MARK: - [OPTIMIZER] Norm, clipping, AdamW, SGD, schedules
+ * ============================================================================== */
+struct mft_optimizer {
+    mft__object    object;
+    mft_context   *ctx;
+    mft_optimizer_desc desc;
+    mft_tensor   **params;
+    mft_tensor   **m, **v;                  /* moments; SGD with momentum has m only, without neither */
+    unsigned char *no_decay;
+    char         (*names)[2][176];
+    mft_tensor    *step;                    /* i64 [1] */
+    int            n;
+};
+
+static void mft__optimizer_destroy_object(void *self)
+{
+    mft_optimizer *opt = (mft_optimizer *)self;
+    mft_context   *ctx = opt->ctx;
+    size_t         n = (size_t)opt->n;
+    int            i;
+    mft__object_remove(&opt->object);
+    for (i = 0; i < opt->n; i++) {
+        if (opt->m) mft_tensor_destroy(ctx, opt->m[i]);
+        if (opt->v) mft_tensor_destroy(ctx, opt->v[i]);
+    }
+    mft_tensor_destroy(ctx, opt->step);
+    mft__free(ctx, opt->params, n * sizeof *opt->params);
+    mft__free(ctx, opt->m, n * sizeof *opt->m);
+    mft__free(ctx, opt->v, n * sizeof *opt->v);
+    mft__free(ctx, opt->no_decay, n);
+    mft__free(ctx, opt->names, n * sizeof *opt->names);
+    mft__free(ctx, opt, sizeof *opt);
+}
+
+MFT_API void mft_optimizer_destroy(mft_optimizer *opt) { if (opt) mft__optimizer_destroy_object(opt); }
+
+static double mft__default(double value, double otherwise) { return value != 0 ? value : otherwise; }
+
+/* A moment of parameter number i: its shape and layout, zeroed, named NAME.suffix. */
+static mft_tensor *mft__moment(mft_context *ctx, const mft_tensor *p, int i, char *name, size_t name_bytes, const char *suffix)
+{
+    mft_tensor *t = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_F32, p->ndim, p->shape, NULL);
+    if (!t) return NULL;
+    memcpy(t->stride, p->stride, sizeof t->stride);
+    if (p->name) snprintf(name, name_bytes, "%s.%s", p->name, suffix);
+    else         snprintf(name, name_bytes, "parameter%d.%s", i, suffix);
+    t->name = name;
+    return t;
+}
+
+MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
+                                        const unsigned char *no_decay, int n_params, mft_optimizer **out)
+{
+    mft_optimizer_desc zero;
+    mft_optimizer *opt;
+    size_t  n = (size_t)n_params;
+    int64_t one = 1;
+    int     i, two_moments, any_moment;
+
+    if (!ctx || !out) return MFT_ERR_INVALID_ARGUMENT;
+    *out = NULL;
+    if (n_params < 1 || !params) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: no parameters");
+    for (i = 0; i < n_params; i++)
+        if (!params[i] || params[i]->dtype != MFT_F32 || mft__of(params[i])->kind == MFT__STEP_TENSOR)
+            return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: parameter %d is not a held f32 tensor", i);
+    if (desc && (!(desc->beta1 >= 0 && desc->beta1 < 1) || !(desc->beta2 >= 0 && desc->beta2 < 1) || !(desc->eps >= 0) || !(desc->momentum >= 0)
+                 || !(desc->weight_decay >= 0) || desc->max_grad_norm != desc->max_grad_norm))
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: beta1 %g, beta2 %g are in [0, 1), eps %g, momentum %g, weight_decay %g not negative, max_grad_norm %g a number",
+                         desc->beta1, desc->beta2, desc->eps, desc->momentum, desc->weight_decay, desc->max_grad_norm);
+    memset(&zero, 0, sizeof zero);
+    opt = (mft_optimizer *)mft__alloc_zero(ctx, sizeof *opt);
+    if (!opt) return MFT_ERR_OUT_OF_MEMORY;
+    opt->ctx = ctx; opt->n = n_params; opt->desc = desc ? *desc : zero;
+    opt->desc.beta1 = mft__default(opt->desc.beta1, 0.9);
+    opt->desc.beta2 = mft__default(opt->desc.beta2, 0.999);
+    opt->desc.eps   = mft__default(opt->desc.eps, 1e-8);
+    opt->desc.max_grad_norm = mft__default(opt->desc.max_grad_norm, 1.0);
+    two_moments = opt->desc.kind == MFT_ADAMW;
+    any_moment  = two_moments || opt->desc.momentum != 0;
+    mft__object_add(ctx, &opt->object, mft__optimizer_destroy_object);
+
+    opt->params   = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->params);
+    opt->no_decay = (unsigned char *)mft__alloc_zero(ctx, n);
+    opt->names    = (char (*)[2][176])mft__alloc_zero(ctx, n * sizeof *opt->names);
+    opt->step     = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_I64, 1, &one, NULL);
+    if (any_moment)  opt->m = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->m);
+    if (two_moments) opt->v = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->v);
+    if (!opt->params || !opt->no_decay || !opt->names || !opt->step || (any_moment && !opt->m) || (two_moments && !opt->v)) goto fail;
+    opt->step->name = "step";
+    for (i = 0; i < n_params; i++) {
+        opt->params[i] = params[i];
+        if (no_decay) opt->no_decay[i] = no_decay[i];
+        if (any_moment && !(opt->m[i] = mft__moment(ctx, params[i], i, opt->names[i][0], sizeof opt->names[i][0], two_moments ? "exp_avg" : "momentum"))) goto fail;
+        if (two_moments && !(opt->v[i] = mft__moment(ctx, params[i], i, opt->names[i][1], sizeof opt->names[i][1], "exp_avg_sq"))) goto fail;
+    }
+    *out = opt;
+    return MFT_OK;
+fail:
+    mft_optimizer_destroy(opt);
+    return MFT_ERR_OUT_OF_MEMORY;
+}
+
+MFT_API void mft_optimizer_zero_grad(mft_optimizer *opt)
+{
+    int i;
+    if (!opt) return;
+    for (i = 0; i < opt->n; i++) mft__of(opt->params[i])->grad_written = 0;     /* the next backward overwrites */
+}
+
+MFT_API int mft_optimizer_state(mft_optimizer *opt, mft_tensor **out, int cap)
+{
+    int i, n = 0;
+    if (!opt) return 0;
+    for (i = 0; i < opt->n; i++) {
+        if (opt->m) { if (n < cap) out[n] = opt->m[i]; n++; }
+        if (opt->v) { if (n < cap) out[n] = opt->v[i]; n++; }
+    }
+    if (n < cap) out[n] = opt->step;
+    return n + 1;
+}
+
+typedef struct mft__norm_task { const mft__kernels *k; const float *g; double *partial; } mft__norm_task;
+static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__norm_task *t = (mft__norm_task *)arg;
+    (void)worker;
+    t->partial[begin / MFT__VECTOR_GRAIN] = t->k->sum_squares(t->g + begin, end - begin);
+}
+
+typedef struct mft__update_task {
+    const mft__kernels *k;
+    const mft__adamw   *c;
+    float *p, *m, *v, *g;
+    float  lr, momentum;
+    int    first;
+} mft__update_task;
+static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__update_task *t = (mft__update_task *)arg;
+    (void)worker;
+    t->k->adamw(t->p + begin, t->m + begin, t->v + begin, t->g + begin, end - begin, t->c);
+}
+
+/* torch.optim.SGD: buf = momentum buf + g (the first: g); p -= lr (momentum ? buf : g); decay decoupled here */
+static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__update_task *t = (mft__update_task *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        float g = t->g[i] * t->c->grad_scale;
+        if (t->m) g = t->m[i] = t->first ? g : t->momentum * t->m[i] + g;
+        t->p[i] = t->p[i] * t->c->decay - t->lr * g;
+    }
+}
+
+/* The 2-norm of all gradients, summed in double in a fixed order; a parameter no backward has reached
+ * since it was zeroed counts as zeros. Negative when memory is out. */
+static double mft__grad_norm(mft_optimizer *opt)
+{
+    mft_context *ctx = opt->ctx;
+    double       total = 0;
+    int          i;
+    for (i = 0; i < opt->n; i++) {
+        mft_tensor    *p = opt->params[i];
+        int64_t        n = mft_tensor_numel(p), c, chunks = (n + MFT__VECTOR_GRAIN - 1) / MFT__VECTOR_GRAIN;
+        mft__norm_task t;
+        if (!p->grad || !mft__of(p)->grad_written) continue;
+        t.k = ctx->kernels; t.g = (const float *)p->grad->data;
+        t.partial = (double *)mft__high(ctx, (size_t)chunks * sizeof(double));
+        if (!t.partial) return -1;
+        mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__norm_run, &t);
+        for (c = 0; c < chunks; c++) total += t.partial[c];
+        mft__high_free(ctx, t.partial, (size_t)chunks * sizeof(double));
+    }
+    return sqrt(total);
+}
+
+/* The step on gradients that are still to be multiplied by grad_scale (1 / labels of a window). */
+static mft_status mft__optimizer_step_scaled(mft_optimizer *opt, double learning_rate, double grad_scale, double *out_grad_norm)
+{
+    mft_context *ctx = opt->ctx;
+    double  norm, clip = 1, c1, c2;
+    int64_t step;
+    int     i;
+
+    norm = mft__grad_norm(opt);
+    if (norm < 0) return MFT_ERR_OUT_OF_MEMORY;
+    norm *= grad_scale;
+    if (out_grad_norm) *out_grad_norm = norm;
+    if (!(norm <= 3.4e38)) return mft__fail(ctx, MFT_ERR_NOT_FINITE, "the gradient's norm is %g: nothing was updated", norm);
+    if (opt->desc.max_grad_norm > 0) {
+        clip = opt->desc.max_grad_norm / (norm + 1e-6);         /* as torch.nn.utils.clip_grad_norm_ */
+        if (clip > 1) clip = 1;
+    }
+    step = ++*(int64_t *)opt->step->data;
+    c1 = 1 - pow(opt->desc.beta1, (double)step);
+    c2 = 1 - pow(opt->desc.beta2, (double)step);
+    for (i = 0; i < opt->n; i++) {
+        mft_tensor      *p = opt->params[i];
+        mft__adamw       c;
+        mft__update_task t;
+        if (!p->grad) continue;                                 /* never reached: torch has no gradient there either */
+        if (!mft__of(p)->grad_written) memset(p->grad->data, 0, mft__grad_bytes(p));
+        c.lr_over_c1  = (float)(learning_rate / c1);
+        c.decay       = (float)(1 - learning_rate * (opt->no_decay[i] ? 0.0 : opt->desc.weight_decay));
+        c.beta1       = (float)opt->desc.beta1; c.one_minus_beta1 = (float)(1 - opt->desc.beta1);
+        c.beta2       = (float)opt->desc.beta2; c.one_minus_beta2 = (float)(1 - opt->desc.beta2);
+        c.eps         = (float)opt->desc.eps;
+        c.inv_sqrt_c2 = (float)(1 / sqrt(c2));
+        c.grad_scale  = (float)(clip * grad_scale);
+        t.k = ctx->kernels; t.c = &c;
+        t.p = (float *)p->data; t.g = (float *)p->grad->data;
+        t.m = opt->m ? (float *)opt->m[i]->data : NULL;
+        t.v = opt->v ? (float *)opt->v[i]->data : NULL;
+        t.lr = (float)learning_rate; t.momentum = (float)opt->desc.momentum; t.first = step == 1;
+        mft__parallel(ctx, mft_tensor_numel(p), MFT__VECTOR_GRAIN, opt->desc.kind == MFT_ADAMW ? mft__adamw_run : mft__sgd_run, &t);
+    }
+    mft_optimizer_zero_grad(opt);
+    return MFT_OK;
+}
+
+MFT_API mft_status mft_optimizer_step(mft_optimizer *opt, double learning_rate, double *out_grad_norm)
+{
+    return opt ? mft__optimizer_step_scaled(opt, learning_rate, 1, out_grad_norm) : MFT_ERR_INVALID_ARGUMENT;
+}
+
+MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr, int64_t warmup_steps, int64_t total_steps, int64_t step)
+{
+    double progress;
+    if (step < warmup_steps) return peak * ((double)step / (double)(warmup_steps > 1 ? warmup_steps : 1));
+    if (kind == MFT_SCHEDULE_CONSTANT) return peak;
+    progress = (double)(step - warmup_steps) / (double)(total_steps - warmup_steps > 1 ? total_steps - warmup_steps : 1);
+    if (kind == MFT_SCHEDULE_LINEAR) {
+        double left = (double)(total_steps - step) / (double)(total_steps - warmup_steps > 1 ? total_steps - warmup_steps : 1);
+        return floor_lr + (peak - floor_lr) * (left > 0 ? left : 0);
+    }
+    if (progress > 1) progress = 1;
+    return floor_lr + (peak - floor_lr) * (0.5 * (1 + cos(MFT__PI * progress)));
+}
+#endif /* MFT_IMPLEMENTATION */
+
+/* ############################################################################## *
+ *                          THE ROWS OF [KERNEL]                                  *
+ * ############################################################################## */
+#ifdef MFT__ROW                             /* [KERNEL] includes this file once for each row */
+
+/* ==============================================================================
+ * MARK: - [ROWS] The bodies of all rows, written once for a vector of MFT__W floats
+ *
+ *   in    the vocabulary of one instruction set, defined in [KERNEL] before it includes us:
+ *         MFT__ROW name   MFT__TARGET attribute   MFT__V vector   MFT__W its lanes
+ *         MFT__H, MFT__P  rows and vectors of a product's register tile
+ *         MFT__LOAD MFT__STORE MFT__SET1 MFT__FMA(a,b,c)=ab+c MFT__SQRT MFT__ZIP_LO/HI MFT__LOAD_F16 MFT__STORE_F16
+ *   out   static functions mft__NAME_ROW
+ *   rule  the other operations are the compiler's own on vectors (+ - * / & | < and so on),
+ *         which gcc and clang spell alike for every width. A loop's last, partial vector goes
+ *         through the same arithmetic as the others: MFT__IN fills up with zeros, MFT__OUT
+ *         writes only what is there
+ * ============================================================================== */
+#ifndef MFT__STRIP_ONLY
+#define MFT__JOIN_(a, b) mft__##a##_##b
+#define MFT__JOIN(a, b)  MFT__JOIN_(a, b)
+#define MFT__FN(name)    MFT__JOIN(name, MFT__ROW)
+#define MFT__BODY        MFT__UNUSED MFT__TARGET static                                            /* in the table, or called */
+#define MFT__HELP        MFT__UNUSED MFT__TARGET __attribute__((always_inline)) static inline      /* part of a body          */
+
+typedef int32_t  MFT__FN(ints)   __attribute__((vector_size(4 * MFT__W)));
+typedef uint32_t MFT__FN(bits)   __attribute__((vector_size(4 * MFT__W)));
+typedef uint16_t MFT__FN(shorts) __attribute__((vector_size(2 * MFT__W)));
+typedef uint8_t  MFT__FN(bytes)  __attribute__((vector_size(MFT__W)));
+typedef int8_t   MFT__FN(chars)  __attribute__((vector_size(MFT__W)));
+typedef float    MFT__FN(half)   __attribute__((vector_size(2 * MFT__W)));     /* half a vector, and the same ..  */
+typedef double   MFT__FN(wide)   __attribute__((vector_size(4 * MFT__W)));     /* .. in double                    */
+#define MFT__I MFT__FN(ints)
+#define MFT__D MFT__FN(wide)
+
+/* ---- loads and stores ---- */
+MFT__BODY void MFT__FN(copy_part)(float *dst, const float *src, int64_t n) { while (n-- > 0) *dst++ = *src++; }
+
+MFT__HELP MFT__V MFT__FN(in)(const float *p, int64_t left)
+{
+    float part[MFT__W] = { 0 };
+    if (left >= MFT__W) return MFT__LOAD(p);
+    MFT__FN(copy_part)(part, p, left);
+    return MFT__LOAD(part);
+}
+
+MFT__HELP void MFT__FN(out)(float *p, int64_t left, MFT__V v)
+{
+    float part[MFT__W];
+    if (left >= MFT__W) { MFT__STORE(p, v); return; }
+    MFT__STORE(part, v);
+    MFT__FN(copy_part)(p, part, left);
+}
+#define MFT__IN(p)     MFT__FN(in)((p) + i, n - i)
+#define MFT__OUT(p, v) MFT__FN(out)((p) + i, n - i, v)
+#define MFT__EACH      for (i = 0; i < n; i += MFT__W)
+
+/* mask lanes are all ones or all zeros, as comparisons give them */
+MFT__HELP MFT__V MFT__FN(select)(MFT__I mask, MFT__V yes, MFT__V no) { return (MFT__V)(((MFT__I)yes & mask) | ((MFT__I)no & ~mask)); }
+
+/* ---- sums over lanes, always in the same order ---- */
+MFT__HELP float MFT__FN(lanes_sum)(MFT__V v)
+{
+    float x[MFT__W];
+    int   i, w;
+    MFT__STORE(x, v);
+    for (w = MFT__W / 2; w; w /= 2) for (i = 0; i < w; i++) x[i] += x[i + w];
+    return x[0];
+}
+
+MFT__HELP void MFT__FN(widen)(MFT__V v, MFT__D *lo, MFT__D *hi)
+{
+    MFT__FN(half) h[2];
+    memcpy(h, &v, sizeof v);
+    *lo = __builtin_convertvector(h[0], MFT__D);
+    *hi = __builtin_convertvector(h[1], MFT__D);
+}
+
+MFT__HELP double MFT__FN(wide_sum)(MFT__D v)
+{
+    double x[MFT__W / 2], s = 0;
+    int    i;
+    memcpy(x, &v, sizeof v);
+    for (i = 0; i < MFT__W / 2; i++) s += x[i];
+    return s;
+}
+
+/* ---- exp, tanh, erf: polynomials fitted for this library; errors against libm in double, seen
+ *      over all floats in range by tests/test_kernels.c ---- */
+
+/* e^x = 2^n e^r, |r| <= ln2 / 2: at most 1.2 ulp, infinity above 88.72, subnormals down to 1.4e-45.
+ * 2^n in two factors: n reaches from -150 to 129, and the last product rounds a subnormal once. */
+MFT__HELP MFT__V MFT__FN(exp)(MFT__V x)
+{
+    MFT__V one = MFT__SET1(1.0f), magic = MFT__SET1(12582912.0f), lo = MFT__SET1(-104.5f), hi = MFT__SET1(89.5f), t, r, q;
+    MFT__I n, half;
+    x = MFT__FN(select)(x < lo, lo, x);                         /* NaN compares false: it stays */
+    x = MFT__FN(select)(x > hi, hi, x);
+    t = MFT__FMA(x, MFT__SET1(1.44269504f), magic);             /* 1.5 2^23: the sum's last bits are the integer */
+    n = (MFT__I)t - (MFT__I)magic;
+    t = t - magic;
+    r = MFT__FMA(t, MFT__SET1(-0.693359375f), x);               /* ln 2 in two parts: the first product is exact */
+    r = MFT__FMA(t, MFT__SET1(2.12194440e-4f), r);
+    q = MFT__SET1(1.979024819e-4f);
+    q = MFT__FMA(q, r, MFT__SET1(1.394475927e-3f));
+    q = MFT__FMA(q, r, MFT__SET1(8.333497681e-3f));
+    q = MFT__FMA(q, r, MFT__SET1(4.166629538e-2f));
+    q = MFT__FMA(q, r, MFT__SET1(1.666666567e-1f));
+    q = MFT__FMA(q, r, MFT__SET1(0.5f));
+    q = MFT__FMA(r * r, q, r) + one;
+    half = n >> 1;
+    return q * (MFT__V)((half + 127) << 23) * (MFT__V)((n - half + 127) << 23);
+}
+
+/* an odd polynomial near zero, 1 - 2 / (e^2|x| + 1) beyond: at most 1.7 ulp */
+MFT__HELP MFT__V MFT__FN(tanh)(MFT__V x)
+{
+    MFT__I sign = (MFT__I)x & (MFT__I)MFT__SET1(-0.0f);
+    MFT__V a = (MFT__V)((MFT__I)x ^ sign), z = x * x, one = MFT__SET1(1.0f), q, far;
+    q = MFT__SET1(2.026457107e-3f);
+    q = MFT__FMA(q, z, MFT__SET1(-8.047138341e-3f));
+    q = MFT__FMA(q, z, MFT__SET1(2.164689451e-2f));
+    q = MFT__FMA(q, z, MFT__SET1(-5.393675715e-2f));
+    q = MFT__FMA(q, z, MFT__SET1(1.333312541e-1f));
+    q = MFT__FMA(q, z, MFT__SET1(-3.333332837e-1f));
+    q = MFT__FMA(q * z, a, a);
+    far = one - MFT__SET1(2.0f) / (MFT__FN(exp)(a + a) + one);
+    return (MFT__V)((MFT__I)MFT__FN(select)(a < MFT__SET1(0.625f), q, far) | sign);
+}
+
+/* an odd polynomial near zero, 1 - e^-p(|x|) beyond: at most 2 ulp */
+MFT__HELP MFT__V MFT__FN(erf)(MFT__V x)
+{
+    MFT__I sign = (MFT__I)x & (MFT__I)MFT__SET1(-0.0f);
+    MFT__V a = (MFT__V)((MFT__I)x ^ sign), z = x * x, four = MFT__SET1(4.0f), q, p, far;
+    q = MFT__SET1(8.513101784e-5f);
+    q = MFT__FMA(q, z, MFT__SET1(-8.175639086e-4f));
+    q = MFT__FMA(q, z, MFT__SET1(5.203858949e-3f));
+    q = MFT__FMA(q, z, MFT__SET1(-2.686050907e-2f));
+    q = MFT__FMA(q, z, MFT__SET1(1.128371507e-1f));
+    q = MFT__FMA(q, z, MFT__SET1(-3.761263490e-1f));
+    q = MFT__FMA(q, z, MFT__SET1(1.283791671e-1f));
+    q = MFT__FMA(q, a, a);
+    p = MFT__FN(select)(a > four, four, a);
+    far = MFT__SET1(-1.983324764e-4f);
+    far = MFT__FMA(far, p, MFT__SET1(3.066585632e-3f));
+    far = MFT__FMA(far, p, MFT__SET1(-2.231953107e-2f));
+    far = MFT__FMA(far, p, MFT__SET1(1.041225269e-1f));
+    far = MFT__FMA(far, p, MFT__SET1(6.369661093e-1f));
+    far = MFT__FMA(far, p, MFT__SET1(1.127803087e+0f));
+    far = MFT__FMA(far, p, MFT__SET1(1.650555641e-4f));
+    far = MFT__SET1(1.0f) - MFT__FN(exp)(-far);
+    return (MFT__V)((MFT__I)MFT__FN(select)(a < MFT__SET1(0.9f), q, far) | sign);
+}
+
+MFT__HELP MFT__V MFT__FN(sigmoid)(MFT__V x) { MFT__V one = MFT__SET1(1.0f); return one / (one + MFT__FN(exp)(-x)); }
+
+/* gelu_tanh(x) = 0.5 x (1 + tanh u) = x sigmoid(2u),  u = sqrt(2/pi) (x + 0.044715 x^3) */
+MFT__HELP MFT__V MFT__FN(gelu_2u)(MFT__V x) { return x * MFT__FMA(x * x, MFT__SET1(0.0713548162726f), MFT__SET1(1.59576912161f)); }
+
+MFT__HELP MFT__V MFT__FN(act1)(mft__activation f, MFT__V x)
+{
+    MFT__V one = MFT__SET1(1.0f);
+    switch (f) {
+    case MFT__GELU_TANH: return x / (one + MFT__FN(exp)(-MFT__FN(gelu_2u)(x)));
+    case MFT__GELU_ERF:  return MFT__SET1(0.5f) * x * (one + MFT__FN(erf)(x * MFT__SET1(0.70710678f)));
+    case MFT__SILU:      return x / (one + MFT__FN(exp)(-x));
+    case MFT__RELU:      return MFT__FN(select)(x <= MFT__SET1(0.0f), MFT__SET1(0.0f), x);
+    case MFT__TANH:      return MFT__FN(tanh)(x);
+    }
+    return x;
+}
+
+MFT__HELP MFT__V MFT__FN(act1_slope)(mft__activation f, MFT__V x)
+{
+    MFT__V one = MFT__SET1(1.0f), s, t;
+    switch (f) {
+    case MFT__GELU_TANH:                    /* s + x s (1 - s) 2u' */
+        s = MFT__FN(sigmoid)(MFT__FN(gelu_2u)(x));
+        t = x * MFT__FMA(x * x, MFT__SET1(0.214064448818f), MFT__SET1(1.59576912161f));
+        return MFT__FMA(t * s, one - s, s);
+    case MFT__GELU_ERF:                     /* Phi(x) + x phi(x) */
+        s = MFT__SET1(0.5f) * (one + MFT__FN(erf)(x * MFT__SET1(0.70710678f)));
+        return MFT__FMA(x * MFT__SET1(0.39894228f), MFT__FN(exp)(MFT__SET1(-0.5f) * x * x), s);
+    case MFT__SILU:                         /* s (1 + x (1 - s)) */
+        s = MFT__FN(sigmoid)(x);
+        return s * MFT__FMA(x, one - s, one);
+    case MFT__RELU:
+        return MFT__FN(select)(x > MFT__SET1(0.0f), one, MFT__FN(select)(x <= MFT__SET1(0.0f), MFT__SET1(0.0f), x));
+    case MFT__TANH:
+        t = MFT__FN(tanh)(x);
+        return one - t * t;
+    }
+    return one;
+}
+
+/* ---- storage types ---- */
+MFT__HELP MFT__V MFT__FN(load_bf16)(const uint16_t *p)
+{
+    MFT__FN(shorts) h;
+    memcpy(&h, p, sizeof h);
+    return (MFT__V)(__builtin_convertvector(h, MFT__FN(bits)) << 16);
+}
+
+MFT__BODY void MFT__FN(to_float)(float *dst, const void *src, mft_dtype dtype, int64_t n)
+{
+    int64_t i = 0, b;
+    int     j;
+    if (dtype == MFT_BF16)
+        for (; i + MFT__W <= n; i += MFT__W) MFT__STORE(dst + i, MFT__FN(load_bf16)((const uint16_t *)src + i));
+    else if (dtype == MFT_F16)
+        for (; i + MFT__W <= n; i += MFT__W) MFT__STORE(dst + i, MFT__LOAD_F16((const uint16_t *)src + i));
+    else if (dtype == MFT_Q8_0 || dtype == MFT_Q4_0) {
+        for (b = 0; b < n / 32; b++, dst += 32) {
+            const uint8_t *q = (const uint8_t *)src + b * (dtype == MFT_Q8_0 ? 34 : 18);
+            MFT__V scale = MFT__SET1(mft__f16_to_float((uint16_t)(q[0] | q[1] << 8)));
+            if (dtype == MFT_Q8_0)
+                for (j = 0; j < 32; j += MFT__W) {
+                    MFT__FN(chars) c;
+                    memcpy(&c, q + 2 + j, sizeof c);
+                    MFT__STORE(dst + j, scale * __builtin_convertvector(__builtin_convertvector(c, MFT__I), MFT__V));
+                }
+            else
+                for (j = 0; j < 16; j += MFT__W) {              /* low nibbles first, then the high ones */
+                    MFT__FN(bytes) c;
+                    MFT__I         k;
+                    memcpy(&c, q + 2 + j, sizeof c);
+                    k = __builtin_convertvector(c, MFT__I);
+                    MFT__STORE(dst + j,      scale * __builtin_convertvector((k & 15) - 8, MFT__V));
+                    MFT__STORE(dst + j + 16, scale * __builtin_convertvector((k >> 4) - 8, MFT__V));
+                }
+        }
+        return;
+    }
+    mft__to_float(dst + i, (const char *)src + mft_dtype_bytes(dtype, i), dtype, n - i);
+}
+
+MFT__BODY void MFT__FN(from_float)(void *dst, mft_dtype dtype, const float *src, int64_t n)
+{
+    int64_t i = 0;
+    if (dtype == MFT_BF16)
+        for (; i + MFT__W <= n; i += MFT__W) {
+            MFT__V          x = MFT__LOAD(src + i);
+            MFT__FN(bits)   u = (MFT__FN(bits))x, round = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
+            MFT__FN(shorts) h = __builtin_convertvector((MFT__FN(bits))MFT__FN(select)(x == x, (MFT__V)round, (MFT__V)nan), MFT__FN(shorts));
+            memcpy((uint16_t *)dst + i, &h, sizeof h);
+        }
+    else if (dtype == MFT_F16)
+        for (; i + MFT__W <= n; i += MFT__W) MFT__STORE_F16((uint16_t *)dst + i, MFT__LOAD(src + i));
+    mft__from_float((char *)dst + mft_dtype_bytes(dtype, i), dtype, src + i, n - i);
+}
+
+/* ---- vectors ---- */
+MFT__BODY float MFT__FN(dot)(const float *a, const float *b, int64_t n)
+{
+    MFT__V  s[4];                           /* four sums at once: an addition takes four cycles */
+    int64_t i;
+    int     j;
+    for (j = 0; j < 4; j++) s[j] = MFT__SET1(0.0f);
+    for (i = 0; i + 4 * MFT__W <= n; i += 4 * MFT__W) {
+        MFT__UNROLL
+        for (j = 0; j < 4; j++) s[j] = MFT__FMA(MFT__LOAD(a + i + j * MFT__W), MFT__LOAD(b + i + j * MFT__W), s[j]);
+    }
+    for (; i < n; i += MFT__W) s[0] = MFT__FMA(MFT__IN(a), MFT__IN(b), s[0]);
+    return MFT__FN(lanes_sum)((s[0] + s[1]) + (s[2] + s[3]));
+}
+
+MFT__BODY void MFT__FN(axpy)(float *y, float alpha, const float *x, int64_t n)
+{ int64_t i; MFT__V k = MFT__SET1(alpha); MFT__EACH MFT__OUT(y, MFT__FMA(k, MFT__IN(x), MFT__IN(y))); }
+
+MFT__BODY void MFT__FN(add)(float *y, const float *a, const float *b, int64_t n)
+{ int64_t i; MFT__EACH MFT__OUT(y, MFT__IN(a) + MFT__IN(b)); }
+
+MFT__BODY void MFT__FN(mul)(float *y, const float *a, const float *b, int64_t n)
+{ int64_t i; MFT__EACH MFT__OUT(y, MFT__IN(a) * MFT__IN(b)); }
+
+MFT__BODY void MFT__FN(mul_add)(float *y, const float *a, const float *b, int64_t n)
+{ int64_t i; MFT__EACH MFT__OUT(y, MFT__FMA(MFT__IN(a), MFT__IN(b), MFT__IN(y))); }
+
+MFT__BODY void MFT__FN(scale)(float *y, float s, const float *x, int64_t n)
+{ int64_t i; MFT__V k = MFT__SET1(s); MFT__EACH MFT__OUT(y, k * MFT__IN(x)); }
+
+MFT__BODY double MFT__FN(sum)(const float *x, int64_t n)
+{
+    MFT__D  s0 = { 0 }, s1 = { 0 }, lo, hi;
+    int64_t i;
+    MFT__EACH { MFT__FN(widen)(MFT__IN(x), &lo, &hi); s0 += lo; s1 += hi; }
+    return MFT__FN(wide_sum)(s0 + s1);
+}
+
+/* sum (x - mean)^2 in double */
+MFT__HELP double MFT__FN(sum_squares_around)(const float *x, float mean, int64_t n)
+{
+    MFT__D  s0 = { 0 }, s1 = { 0 }, lo, hi;
+    MFT__V  m  = MFT__SET1(mean);
+    int64_t i;
+    for (i = 0; i + MFT__W <= n; i += MFT__W) { MFT__FN(widen)(MFT__LOAD(x + i) - m, &lo, &hi); s0 += lo * lo; s1 += hi * hi; }
+    if (i < n) {                            /* lanes that are not there must not count as -mean */
+        float part[MFT__W] = { 0 };
+        int   j;
+        for (j = 0; j < n - i; j++) part[j] = x[i + j] - mean;
+        MFT__FN(widen)(MFT__LOAD(part), &lo, &hi); s0 += lo * lo; s1 += hi * hi;
+    }
+    return MFT__FN(wide_sum)(s0 + s1);
+}
+
+MFT__BODY double MFT__FN(sum_squares)(const float *x, int64_t n) { return MFT__FN(sum_squares_around)(x, 0, n); }
+
+MFT__BODY float MFT__FN(max)(const float *x, int64_t n)
+{
+    MFT__V  m = MFT__SET1(x[0]), v;
+    float   part[MFT__W], best;
+    int64_t i;
+    for (i = 0; i + MFT__W <= n; i += MFT__W) {
+        v = MFT__LOAD(x + i);
+        m = MFT__FN(select)((v <= m) | (m != m), m, v);         /* a NaN comes in and stays */
+    }
+    MFT__STORE(part, m);
+    best = part[0];
+    for (i = i < n ? i : n; i < n; i++) if (!(x[i] <= best) && best == best) best = x[i];
+    for (i = 1; i < MFT__W; i++) if (!(part[i] <= best) && best == best) best = part[i];
+    return best;
+}
+
+MFT__BODY float MFT__FN(exp_sum)(float *y, const float *x, float shift, int64_t n)
+{
+    MFT__V  s = MFT__SET1(0.0f), k = MFT__SET1(shift), e;
+    int64_t i;
+    for (i = 0; i + MFT__W <= n; i += MFT__W) { e = MFT__FN(exp)(MFT__LOAD(x + i) - k); s += e; MFT__STORE(y + i, e); }
+    if (i < n) {
+        float part[MFT__W] = { 0 };
+        MFT__OUT(y, MFT__FN(exp)(MFT__IN(x) - k));
+        MFT__FN(copy_part)(part, y + i, n - i);
+        s += MFT__LOAD(part);
+    }
+    return MFT__FN(lanes_sum)(s);
+}
+
+/* ---- activations: one loop for each, so that the choice is made once ---- */
+#define MFT__EACH_ACTIVATION(LOOP)                              \
+    switch (f) {                                                \
+    case MFT__GELU_TANH: LOOP(MFT__GELU_TANH) break;            \
+    case MFT__GELU_ERF:  LOOP(MFT__GELU_ERF)  break;            \
+    case MFT__SILU:      LOOP(MFT__SILU)      break;            \
+    case MFT__RELU:      LOOP(MFT__RELU)      break;            \
+    case MFT__TANH:      LOOP(MFT__TANH)      break;            \
+    }
+
+MFT__BODY void MFT__FN(act)(mft__activation f, float *y, const float *x, int64_t n)
+{
+    int64_t i;
+#define MFT__LOOP(F) MFT__EACH MFT__OUT(y, MFT__FN(act1)(F, MFT__IN(x)));
+    MFT__EACH_ACTIVATION(MFT__LOOP)
+#undef MFT__LOOP
+}
+
+MFT__BODY void MFT__FN(act_backward)(mft__activation f, float *dx, const float *dy, const float *x, int64_t n)
+{
+    int64_t i;
+#define MFT__LOOP(F) MFT__EACH MFT__OUT(dx, MFT__FMA(MFT__IN(dy), MFT__FN(act1_slope)(F, MFT__IN(x)), MFT__IN(dx)));
+    MFT__EACH_ACTIVATION(MFT__LOOP)
+#undef MFT__LOOP
+}
+
+MFT__BODY void MFT__FN(gate)(mft__activation f, float *y, const float *g, const float *u, int64_t n)
+{
+    int64_t i;
+#define MFT__LOOP(F) MFT__EACH MFT__OUT(y, MFT__FN(act1)(F, MFT__IN(g)) * MFT__IN(u));
+    MFT__EACH_ACTIVATION(MFT__LOOP)
+#undef MFT__LOOP
+}
+
+MFT__BODY void MFT__FN(gate_backward)(mft__activation f, float *dg, float *du, const float *dy, const float *g, const float *u, int64_t n)
+{
+    int64_t i;
+#define MFT__LOOP(F) MFT__EACH {                                                                                          \
+        if (dg) MFT__OUT(dg, MFT__FMA(MFT__IN(dy) * MFT__IN(u), MFT__FN(act1_slope)(F, MFT__IN(g)), MFT__IN(dg)));        \
+        if (du) MFT__OUT(du, MFT__FMA(MFT__IN(dy), MFT__FN(act1)(F, MFT__IN(g)), MFT__IN(du))); }
+    MFT__EACH_ACTIVATION(MFT__LOOP)
+#undef MFT__LOOP
+}
+
+/* ---- norms, one row of numbers at a time; sums in double, see [OPS] for the derivatives ---- */
+MFT__BODY float MFT__FN(rms_norm)(float *y, const float *x, const float *w, float offset, float eps, int64_t n)
+{
+    float   r = (float)(1.0 / sqrt(MFT__FN(sum_squares)(x, n) / (double)n + (double)eps));
+    MFT__V  k = MFT__SET1(r), o = MFT__SET1(offset);
+    int64_t i;
+    MFT__EACH MFT__OUT(y, MFT__IN(x) * k * (MFT__IN(w) + o));
+    return r;
+}
+
+MFT__BODY void MFT__FN(rms_norm_backward)(float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n)
+{
+    MFT__V  k = MFT__SET1(r), o = MFT__SET1(offset), mean;
+    MFT__D  s0 = { 0 }, s1 = { 0 }, a0, a1, b0, b1;
+    int64_t i;
+    MFT__EACH {
+        MFT__FN(widen)(MFT__IN(dy) * (MFT__IN(w) + o), &a0, &a1);
+        MFT__FN(widen)(MFT__IN(x) * k, &b0, &b1);
+        s0 += a0 * b0; s1 += a1 * b1;
+    }
+    mean = MFT__SET1((float)(MFT__FN(wide_sum)(s0 + s1) / (double)n));
+    MFT__EACH {
+        MFT__V h = MFT__IN(x) * k, g = MFT__IN(dy);
+        if (dx) MFT__OUT(dx, MFT__IN(dx) + k * (g * (MFT__IN(w) + o) - h * mean));
+        if (dw) MFT__OUT(dw, MFT__FMA(g, h, MFT__IN(dw)));
+    }
+}
+
+MFT__BODY float MFT__FN(layer_norm)(float *y, const float *x, const float *w, const float *b, float eps, int64_t n, float *out_mean)
+{
+    float   mean = (float)(MFT__FN(sum)(x, n) / (double)n);
+    float   r = (float)(1.0 / sqrt(MFT__FN(sum_squares_around)(x, mean, n) / (double)n + (double)eps));
+    MFT__V  k = MFT__SET1(r), m = MFT__SET1(mean), zero = MFT__SET1(0.0f);
+    int64_t i;
+    MFT__EACH MFT__OUT(y, MFT__FMA((MFT__IN(x) - m) * k, MFT__IN(w), b ? MFT__IN(b) : zero));
+    *out_mean = mean;
+    return r;
+}
+
+MFT__BODY void MFT__FN(layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n)
+{
+    MFT__V  k = MFT__SET1(r), m = MFT__SET1(mean), mean_g, mean_gh;
+    MFT__D  g0 = { 0 }, g1 = { 0 }, s0 = { 0 }, s1 = { 0 }, a0, a1, b0, b1;
+    int64_t i;
+    MFT__EACH {                             /* past the end w is 0 */
+        MFT__FN(widen)(MFT__IN(dy) * MFT__IN(w), &a0, &a1);
+        MFT__FN(widen)((MFT__IN(x) - m) * k, &b0, &b1);
+        g0 += a0; g1 += a1; s0 += a0 * b0; s1 += a1 * b1;
+    }
+    mean_g  = MFT__SET1((float)(MFT__FN(wide_sum)(g0 + g1) / (double)n));
+    mean_gh = MFT__SET1((float)(MFT__FN(wide_sum)(s0 + s1) / (double)n));
+    MFT__EACH {
+        MFT__V h = (MFT__IN(x) - m) * k, g = MFT__IN(dy);
+        if (dx) MFT__OUT(dx, MFT__IN(dx) + k * (g * MFT__IN(w) - mean_g - h * mean_gh));
+        if (dw) MFT__OUT(dw, MFT__FMA(g, h, MFT__IN(dw)));
+        if (db) MFT__OUT(db, MFT__IN(db) + g);
+    }
+}
+
+MFT__BODY void MFT__FN(rope)(float *y, const float *x, const float *c, const float *s, int64_t h, int add)
+{
+    int64_t i, n = h;
+    MFT__EACH {
+        MFT__V c1 = MFT__IN(c), s1 = MFT__IN(s), x0 = MFT__IN(x), x1 = MFT__IN(x + h);
+        MFT__V y0 = x0 * c1 - x1 * s1, y1 = x1 * c1 + x0 * s1;
+        if (add) { y0 += MFT__IN(y); y1 += MFT__IN(y + h); }
+        MFT__OUT(y, y0); MFT__OUT(y + h, y1);
+    }
+}
+
+MFT__BODY void MFT__FN(adamw)(float *p, float *m, float *v, const float *g, int64_t n, const mft__adamw *k)
+{
+    MFT__V  gs = MFT__SET1(k->grad_scale), m1 = MFT__SET1(k->one_minus_beta1), b2 = MFT__SET1(k->beta2), m2 = MFT__SET1(k->one_minus_beta2);
+    MFT__V  decay = MFT__SET1(k->decay), lr = MFT__SET1(k->lr_over_c1), c2 = MFT__SET1(k->inv_sqrt_c2), eps = MFT__SET1(k->eps);
+    int64_t i;
+    MFT__EACH {
+        MFT__V d = MFT__IN(g) * gs, mm = MFT__IN(m), vv = MFT__IN(v) * b2;
+        mm = MFT__FMA(m1, d - mm, mm);
+        vv = MFT__FMA(m2 * d, d, vv);
+        MFT__OUT(m, mm);
+        MFT__OUT(v, vv);
+        MFT__OUT(p, MFT__IN(p) * decay - lr * mm / (MFT__SQRT(vv) * c2 + eps));
+    }
+}
+
+/* ---- products: see mft__gemm for the plan ---- */
+
+/* dst (MFT__W rows, ldd apart) = src transposed: log2(W) rounds, each zipping row i with row i + W/2 */
+MFT__HELP void MFT__FN(transpose)(float *dst, int64_t ldd, const float *src, int64_t lds)
+{
+    MFT__V a[MFT__W], b[MFT__W];
+    int    i, w;
+    MFT__UNROLL
+    for (i = 0; i < MFT__W; i++) a[i] = MFT__LOAD(src + i * lds);
+    MFT__UNROLL
+    for (w = MFT__W; w > 1; w /= 2) {
+        MFT__UNROLL
+        for (i = 0; i < MFT__W / 2; i++) { b[2 * i] = MFT__ZIP_LO(a[i], a[i + MFT__W / 2]); b[2 * i + 1] = MFT__ZIP_HI(a[i], a[i + MFT__W / 2]); }
+        MFT__UNROLL
+        for (i = 0; i < MFT__W; i++) a[i] = b[i];
+    }
+    MFT__UNROLL
+    for (i = 0; i < MFT__W; i++) MFT__STORE(dst + i * ldd, a[i]);
+}
+
+/* n numbers of operand x from (r, c) on along its contiguous dimension, as floats: where they lie,
+ * or converted into buffer, which has room for n + 62 (whole quantised blocks). */
+MFT__HELP const float *MFT__FN(fetch)(float *buffer, const mft__matrix *x, int64_t r, int64_t c, int64_t n)
+{
+    int64_t at = r * x->row_stride + c * x->col_stride, skip = 0;
+    if (x->dtype == MFT_F32) return (const float *)x->data + at;
+    if (mft__is_quantized(x->dtype)) { skip = at % 32; at -= skip; n = (n + skip + 31) / 32 * 32; }
+    MFT__FN(to_float)(buffer, (const char *)x->data + mft_dtype_bytes(x->dtype, at), x->dtype, n);
+    return buffer + skip;
+}
+
+/* n cells of term `term` from n floats, or, for a row of pairs, from 2n: bf16 numbers, `terms` of which
+ * add up to x. One is x rounded; three are x cut after 8 and after 16 bits, and the rest: all 24 bits.
+ * The first has all of what is not finite. Floats from `count` on are taken as zeros. */
+MFT__BODY void MFT__FN(cells)(float *dst, const float *src, int64_t count, int64_t n, int pairs, int term, int terms)
+{
+    float    part[64];
+    uint16_t shorts[64];
+    int64_t  i;
+    if (!pairs) { memcpy(dst, src, sizeof(float) * (size_t)count); return; }
+    for (; n > 0; n -= 32, dst += 32, src += 64, count -= 64) {
+        int64_t have = mft__min64(count > 0 ? count : 0, 64), cells = mft__min64(n, 32);
+        for (i = 0; i < 64; i += MFT__W) {
+            MFT__I none = { 0 }, top = none - 65536;                                /* sign, exponent, 7 bits */
+            MFT__V x = i < have ? MFT__FN(in)(src + i, have - i) : MFT__SET1(0.0f), hi = (MFT__V)((MFT__I)x & top), rest = x - hi, mid;
+            if (terms > 1) {
+                rest = MFT__FN(select)(rest == rest, rest, MFT__SET1(0.0f));        /* infinity less itself */
+                mid  = (MFT__V)((MFT__I)rest & top);
+                if (term == 0) x = MFT__FN(select)(x == x, hi, x);                  /* a NaN is rounded below, never cut to infinity */
+                if (term == 1) x = mid;
+                if (term == 2) x = rest - mid;
+            }
+            MFT__STORE(part + i, x);
+        }
+        MFT__FN(from_float)(shorts, MFT_BF16, part, 64);
+        memcpy(dst, shorts, sizeof(float) * (size_t)cells);
+    }
+}
+
+/* One panel of the vector side, [cell][lane], for k in [p0, p0 + kc), its terms one after the other; zeros
+ * where there are no lanes, and where k is filled up to whole steps. */
+MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l0, int64_t lanes, int64_t p0, int64_t kc)
+{
+    enum { LANES = MFT__P * MFT__W, STEP = 64 };
+    float   rows[LANES][STEP + 64], turned[LANES][STEP], cells[LANES][STEP];       /* 32 KB at most */
+    int64_t all = mft__gemm_cells(g->row, kc), p, c, l;
+    int     t, pairs = g->row->k_step > 1;
+    if (g->v.row_stride == 1 && !pairs) {                       /* lanes lie side by side, as panels want them */
+        for (p = 0; p < kc; p++, dst += LANES) {
+            const float *src;
+            if (lanes == LANES && g->v.dtype == MFT_BF16) {     /* most of what training packs so: dy w */
+                const uint16_t *h = (const uint16_t *)g->v.data + g->v_begin + l0 + (p0 + p) * g->v.col_stride;
+                if (p + 8 < kc) __builtin_prefetch(h + 8 * g->v.col_stride, 0, 2);
+                for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, MFT__FN(load_bf16)(h + l));
+                continue;
+            }
+            src = MFT__FN(fetch)(rows[0], &g->v, g->v_begin + l0, p0 + p, lanes);
+            for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, l < lanes ? MFT__FN(in)(src + l, lanes - l) : MFT__SET1(0.0f));
+        }
+        return;
+    }
+    for (p = 0; p < kc; p += STEP) {                            /* else to rows of k, to cells, and turned */
+        const float *src[LANES];
+        int64_t n = mft__min64(kc - p, STEP), n_cells = p + STEP < kc ? (pairs ? STEP / 2 : STEP) : all - (pairs ? p / 2 : p);
+        if (g->v.row_stride == 1) {
+            for (c = 0; c < n; c++) {
+                const float *column = MFT__FN(fetch)(rows[0], &g->v, g->v_begin + l0, p0 + p + c, lanes);
+                for (l = 0; l < lanes; l++) turned[l][c] = column[l];
+            }
+            for (l = 0; l < lanes; l++) src[l] = turned[l];
+        } else for (l = 0; l < lanes; l++) src[l] = MFT__FN(fetch)(rows[l], &g->v, g->v_begin + l0 + l, p0 + p, n);
+        for (t = 0; t < g->v_terms; t++) {
+            float *to = dst + (t * all + (pairs ? p / 2 : p)) * LANES;
+            for (l = 0; l < LANES; l++) {
+                if (l < lanes) MFT__FN(cells)(cells[l], src[l], n, n_cells, pairs, t, g->v_terms);
+                else if (p == 0 && t == 0) memset(cells[l], 0, sizeof cells[l]);
+            }
+            for (c = 0; c + MFT__W <= n_cells; c += MFT__W)
+                for (l = 0; l < LANES; l += MFT__W) MFT__FN(transpose)(to + c * LANES + l, LANES, &cells[l][c], STEP);
+            for (; c < n_cells; c++) for (l = 0; l < LANES; l++) to[c * LANES + l] = cells[l][c];
+        }
+    }
+}
+
+/* Packs the block of lanes for all tasks. Piece i is panel i % n_panels of k block i / n_panels. */
+MFT__BODY void MFT__FN(gemm_pack)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    enum { LANES = MFT__P * MFT__W };
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t n_panels = (g->v_count + LANES - 1) / LANES;
+    (void)worker;
+    for (; begin < end; begin++) {
+        int64_t p0 = begin / n_panels * MFT__KC, l0 = begin % n_panels * LANES, kc = mft__min64(g->k - p0, MFT__KC);
+        float  *dst = g->packed + g->v_terms * (mft__gemm_cells(g->row, p0) * n_panels * LANES + l0 * mft__gemm_cells(g->row, kc));
+        MFT__FN(gemm_panel)(g, dst, l0, mft__min64(g->v_count - l0, LANES), p0, kc);
+    }
+}
+
+/* Strips of the scalar side, h rows from row i on: [row][cell], or [k][row] where floats lie so. */
+MFT__BODY void MFT__FN(gemm_strip)(const mft__gemm_job *g, float *strip, int64_t i, int64_t h, int64_t p0, int64_t kc)
+{
+    float   rows[MFT__KC + 64];
+    int64_t height = g->row->height, cells = mft__gemm_cells(g->row, kc), j, p;
+    int     t, pairs = g->row->k_step > 1;
+    if (g->s.col_stride != 1 && !pairs) {
+        for (p = 0; p < kc; p++, strip += height) {
+            const float *src = MFT__FN(fetch)(rows, &g->s, i, p0 + p, h);
+            for (j = 0; j < height; j++) strip[j] = j < h ? src[j] : 0;
+        }
+        return;
+    }
+    for (j = 0; j < height; j++, strip += MFT__STRIDE) {
+        const float *src = rows;
+        if (j >= h) {
+            for (t = 0; p0 == 0 && t < g->s_terms; t++) memset(strip + t * height * MFT__STRIDE, 0, sizeof(float) * MFT__STRIDE);
+            continue;
+        }
+        if (g->s.col_stride == 1) {                             /* p0 starts a block: no more than kc are written */
+            src = MFT__FN(fetch)(pairs ? rows : strip, &g->s, i + j, p0, kc);
+            if (src == strip) continue;
+        } else for (p = 0; p < kc; p++) {
+            float        one[64];
+            const float *x = MFT__FN(fetch)(one, &g->s, i + j, p0 + p, 1);
+            rows[p] = *x;
+        }
+        for (t = 0; t < g->s_terms; t++) MFT__FN(cells)(strip + t * height * MFT__STRIDE, src, kc, cells, pairs, t, g->s_terms);
+    }
+}
+
+/* Asks for n numbers of `lines` rows (columns, where those lie together) of x ahead of their use: their starts
+ * are too far apart for the hardware to guess. 1.3 times the speed at 32 tokens. */
+MFT__HELP void MFT__FN(prefetch)(const mft__matrix *x, int64_t r, int64_t c, int64_t lines, int64_t n)
+{
+    int64_t     step = x->col_stride == 1 ? x->row_stride : x->col_stride, i, b;
+    const char *p    = (const char *)x->data + mft_dtype_bytes(x->dtype, (r * x->row_stride + c * x->col_stride) & ~(int64_t)31);
+    int64_t     bytes = (int64_t)mft_dtype_bytes(x->dtype, n), pitch = (int64_t)mft_dtype_bytes(x->dtype, step * 32) / 32;
+    for (i = 0; i < lines; i++, p += pitch) for (b = 0; b < bytes + 63; b += 64) __builtin_prefetch(p + b, 0, 2);   /* p may stand anywhere in its line */
+}
+
+/* Rows [begin, end) of c's tile, lanes from v_begin on, to where they belong. */
+MFT__BODY void MFT__FN(gemm_out)(const mft__gemm_job *g, const float *tile, int64_t ld, int64_t begin, int64_t end)
+{
+    MFT__V  alpha = MFT__SET1(g->alpha);
+    int64_t i, j, l, r, n;
+    float  *c, square[MFT__W * MFT__W];
+    const float *bias;
+    if (!g->swapped) {                                          /* c[row][lane] */
+        bias = g->bias ? g->bias + g->v_begin : NULL;
+        n = g->v_count;
+        for (j = begin; j < end; j++, tile += ld) {
+            c = g->c + j * g->ldc + g->v_begin;
+            MFT__EACH {
+                MFT__V y = alpha * MFT__LOAD(tile + i);
+                if (g->add) y += MFT__IN(c);
+                if (bias)   y += MFT__IN(bias);
+                MFT__OUT(c, y);
+            }
+        }
+        return;
+    }
+    for (l = 0; l < g->v_count; l += MFT__W) for (j = begin; j < end; j += MFT__W) {      /* c[lane][row] */
+        int64_t lanes = mft__min64(g->v_count - l, MFT__W);
+        MFT__FN(transpose)(square, MFT__W, tile + (j - begin) * ld + l, ld);
+        bias = g->bias ? g->bias + j : NULL;
+        n = mft__min64(end - j, MFT__W);
+        for (r = 0; r < lanes; r++) {
+            MFT__V y = alpha * MFT__LOAD(square + r * MFT__W);
+            c = g->c + (g->v_begin + l + r) * g->ldc + j;
+            i = 0;
+            if (g->add) y += MFT__IN(c);
+            if (bias)   y += MFT__IN(bias);
+            MFT__OUT(c, y);
+        }
+    }
+}
+
+/* Rows [begin, end) of the scalar side against a block of lanes: all of k, then the way out. packed NULL:
+ * the lanes are packed here, one block of k after the other, into the worker's own scratch. */
+MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_t end, int worker)
+{
+    enum { LANES = MFT__P * MFT__W };
+    int64_t  height = g->row->height, n_panels = (g->v_count + LANES - 1) / LANES, p0, i, q;
+    float   *strip = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes);
+    float   *tile  = strip + g->s_terms * height * MFT__STRIDE, *packed;
+    int      in_place = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && g->v.dtype == MFT_F32
+                     && g->v_count % LANES == 0 && end - begin <= 2 * height;   /* too few rows to be worth packing for */
+    mft__gemm_strip x;
+
+    x.s = strip; x.s_term = height * MFT__STRIDE; x.by_row = g->s.col_stride == 1 || g->row->k_step > 1;
+    x.ld = n_panels * LANES; x.lanes = g->v_count; x.s_terms = g->s_terms; x.v_terms = g->v_terms;
+    for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
+        int64_t kc = mft__min64(g->k - p0, MFT__KC);
+        x.cells = mft__gemm_cells(g->row, kc);
+        packed  = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * x.ld : NULL;
+        x.v_step = LANES; x.v_panel = LANES * x.cells;
+        if (in_place) {
+            packed = (float *)(uintptr_t)((const float *)g->v.data + g->v_begin + p0 * g->v.col_stride);   /* only read */
+            x.v_step = g->v.col_stride; x.v_panel = LANES;
+        } else if (!g->packed) {
+            packed = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * x.ld;
+            for (q = 0; q < n_panels; q++)
+                MFT__FN(gemm_panel)(g, packed + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
+        }
+        x.v = packed; x.add = p0 != 0;
+        for (i = begin; i < end; i += height) {
+            x.h = mft__min64(end - i, height);
+            x.tile = tile + (i - begin) * x.ld;
+            MFT__FN(gemm_strip)(g, strip, i, x.h, p0, kc);
+            if (g->s.col_stride == 1) {                         /* the next strip, or the first of the next block of k */
+                if (i + height < end)      MFT__FN(prefetch)(&g->s, i + height, p0, mft__min64(end - i - height, height), kc);
+                else if (p0 + kc < g->k)   MFT__FN(prefetch)(&g->s, begin, p0 + kc, mft__min64(end - begin, height), mft__min64(g->k - p0 - kc, MFT__KC));
+            }
+            g->row->strip(&x);
+        }
+    }
+    MFT__FN(gemm_out)(g, tile, x.ld, begin, end);
+}
+
+MFT__BODY void MFT__FN(gemm_tiles)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    MFT__FN(gemm_block)((const mft__gemm_job *)arg, begin, end, worker);
+}
+
+MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__gemm_job g = *(const mft__gemm_job *)arg;
+    g.v_begin = begin; g.v_count = end - begin; g.packed = NULL;
+    MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
+}
+
+/* sums[r][l] (+)= <s[r], v[l]> over n numbers, lane by lane, for 4 rows and nl vectors, constants once
+ * inlined. bf16 rows are read as they lie. */
+MFT__HELP void MFT__FN(gemm_dots_block)(int nl, int bf16, float *sums, int add, const void *const *s, const float *const *v, int64_t n)
+{
+    MFT__V  a[4][4], x[4], y;
+    int64_t i;
+    int     r, l;
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) {
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) a[r][l] = add ? MFT__LOAD(sums + (4 * r + l) * MFT__W) : MFT__SET1(0.0f);
+    }
+    for (i = 0; i + MFT__W <= n; i += MFT__W) {
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) {
+            if (bf16) x[r] = MFT__FN(load_bf16)((const uint16_t *)s[r] + i);
+            else      x[r] = MFT__LOAD((const float *)s[r] + i);
+        }
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) {
+            y = MFT__LOAD(v[l] + i);
+            MFT__UNROLL
+            for (r = 0; r < 4; r++) a[r][l] = MFT__FMA(x[r], y, a[r][l]);
+        }
+    }
+    if (i < n) {
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) {
+            float        part[MFT__W];
+            const float *p = (const float *)s[r] + i;
+            if (bf16) { mft__to_float(part, (const uint16_t *)s[r] + i, MFT_BF16, n - i); p = part; }
+            x[r] = MFT__FN(in)(p, n - i);
+        }
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) {
+            y = MFT__IN(v[l]);
+            MFT__UNROLL
+            for (r = 0; r < 4; r++) a[r][l] = MFT__FMA(x[r], y, a[r][l]);
+        }
+    }
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) {
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) MFT__STORE(sums + (4 * r + l) * MFT__W, a[r][l]);
+    }
+}
+
+/* Rows [begin, end) of the scalar side against few vectors, both with k side by side and nothing
+ * packed: 4 x MFT__FEW_LANES dot products at a time (decoding, x A^T of LoRA). Each row is read once. */
+MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    enum { NL = MFT__H < 12 && MFT__P < 4 ? 2 : 4 };            /* 16 registers hold 4 x 2 sums, 32 hold 4 x 4 */
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    float  *sums = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes);     /* [v_count / NL][4][4][W] */
+    float   rows[4][MFT__KC + 64], square[MFT__W * MFT__W], out[16];
+    int64_t r0, l0, p0, n;
+    int     r, l, j, bf16 = g->s.dtype == MFT_BF16;
+    memset(sums, 0, sizeof(float) * (size_t)(mft__round_up(g->v_count, NL) / NL * 16 * MFT__W));
+    for (r0 = begin; r0 < end; r0 += 4) {
+        int nr = (int)mft__min64(end - r0, 4);
+        for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
+            const void *s[4];
+            n = mft__min64(g->k - p0, MFT__KC);
+            if (r0 + 8 <= end) MFT__FN(prefetch)(&g->s, r0 + 4, p0, 4, n);
+            for (r = 0; r < 4; r++)                             /* rows that are not there: another's again */
+                if (r >= nr)   s[r] = s[0];
+                else if (bf16) s[r] = (const uint16_t *)g->s.data + (r0 + r) * g->s.row_stride + p0;
+                else           s[r] = MFT__FN(fetch)(rows[r], &g->s, r0 + r, p0, n);
+            for (l0 = 0; l0 < g->v_count; l0 += NL) {
+                const float *v[NL];
+                float       *at = sums + l0 / NL * 16 * MFT__W;
+                int          nl = (int)mft__min64(g->v_count - l0, NL);
+                for (l = 0; l < NL; l++) v[l] = (const float *)g->v.data + (g->v_begin + l0 + (l < nl ? l : 0)) * g->v.row_stride + p0;
+                if (nl == 1) {
+                    if (bf16) MFT__FN(gemm_dots_block)(1, 1, at, p0 != 0, s, v, n);
+                    else      MFT__FN(gemm_dots_block)(1, 0, at, p0 != 0, s, v, n);
+                } else {
+                    if (bf16) MFT__FN(gemm_dots_block)(NL, 1, at, p0 != 0, s, v, n);
+                    else      MFT__FN(gemm_dots_block)(NL, 0, at, p0 != 0, s, v, n);
+                }
+            }
+        }
+        for (l0 = 0; l0 < g->v_count; l0 += NL) {
+            const float *at = sums + l0 / NL * 16 * MFT__W;
+            for (j = 0; j < 16; j += MFT__W) {                  /* the sums over lanes, W at a time */
+                MFT__V y = MFT__SET1(0.0f);
+                MFT__FN(transpose)(square, MFT__W, at + j * MFT__W, MFT__W);
+                for (r = 0; r < MFT__W; r++) y += MFT__LOAD(square + r * MFT__W);
+                MFT__STORE(out + j, y);
+            }
+            for (r = 0; r < nr; r++) for (l = 0; l < NL && l0 + l < g->v_count; l++) {
+                int64_t row = r0 + r, lane = g->v_begin + l0 + l;
+                float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane;
+                float   y = g->alpha * out[4 * r + l];
+                if (g->add)  y += *c;
+                if (g->bias) y += g->bias[g->swapped ? row : lane];
+                *c = y;
+            }
+        }
+    }
+}
+
+/* Lanes [begin, end) of few rows:  c[i] += s[i, p] v[p], four p at a time, the lanes side by side where
+ * they lie (decoding with weights stored [in, out]). */
+MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t n = end - begin, ld = MFT__SUMS_LANES + 64, p, r, i;
+    float  *rows = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes), *sums = rows + 4 * ld;
+    MFT__V  alpha = MFT__SET1(g->alpha);
+    int     j;
+    memset(sums, 0, sizeof(float) * (size_t)(ld * g->s_count));
+    for (p = 0; p < g->k; p += 4) {
+        const float *v[4];
+        int          np = (int)mft__min64(g->k - p, 4);
+        if (p + 8 <= g->k) MFT__FN(prefetch)(&g->v, begin, p + 4, 4, n);
+        for (j = 0; j < np; j++) v[j] = MFT__FN(fetch)(rows + j * ld, &g->v, begin, p + j, n);
+        for (r = 0; r < g->s_count; r++) {
+            const float *x = (const float *)g->s.data + r * g->s.row_stride + p * g->s.col_stride;
+            float       *y = sums + r * ld;
+            if (np == 4) {
+                MFT__V x0 = MFT__SET1(x[0]), x1 = MFT__SET1(x[g->s.col_stride]), x2 = MFT__SET1(x[2 * g->s.col_stride]), x3 = MFT__SET1(x[3 * g->s.col_stride]);
+                MFT__EACH {                                     /* four products first: half the error of one long chain */
+                    MFT__V t = x0 * MFT__IN(v[0]);
+                    t = MFT__FMA(x1, MFT__IN(v[1]), t);
+                    t = MFT__FMA(x2, MFT__IN(v[2]), t);
+                    t = MFT__FMA(x3, MFT__IN(v[3]), t);
+                    MFT__OUT(y, MFT__IN(y) + t);
+                }
+            } else for (j = 0; j < np; j++) MFT__FN(axpy)(y, x[j * g->s.col_stride], v[j], n);
+        }
+    }
+    for (r = 0; r < g->s_count; r++) {
+        const float *t = sums + r * ld;
+        float       *c = g->c + r * g->ldc + begin;
+        MFT__EACH {
+            MFT__V y = alpha * MFT__LOAD(t + i);
+            if (g->add)  y += MFT__IN(c);
+            if (g->bias) y += MFT__IN(g->bias + begin);
+            MFT__OUT(c, y);
+        }
+    }
+}
+
+#define MFT__STRIP        MFT__FN(strip)
+#define MFT__STRIP_TARGET MFT__TARGET
+#define MFT__STEP         MFT__FMA
+#endif /* MFT__STRIP_ONLY */
+
+/* ---- the innermost loop. For a strip of pairs it is included once more, alone, with the step that
+ *      adds the products of a pair ---- */
+
+/* tile[i][lane] (+)= sum_p s(i, p) v[p][lane] over h rows and nv vectors, all constants once inlined: h nv
+ * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). */
+MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline
+void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, float *tile, int64_t ld, int add,
+                                  const float *s, const float *v, int64_t v_step, int64_t cells)
+{
+    MFT__V  c[MFT__H][MFT__P], b[MFT__P], x;
+    int64_t p;
+    int     i, j;
+    MFT__UNROLL
+    for (i = 0; i < h; i++) {
+        MFT__UNROLL
+        for (j = 0; j < nv; j++) c[i][j] = MFT__SET1(0.0f);
+    }
+    for (p = 0; p < cells; p++, s += s_p, v += v_step) {
+        MFT__UNROLL
+        for (j = 0; j < nv; j++) b[j] = MFT__LOAD(v + j * MFT__W);
+        MFT__UNROLL
+        for (i = 0; i < h; i++) {
+            x = MFT__SET1(s[i * s_i]);
+            MFT__UNROLL
+            for (j = 0; j < nv; j++) c[i][j] = MFT__STEP(x, b[j], c[i][j]);
+        }
+    }
+    MFT__UNROLL
+    for (i = 0; i < h; i++) {
+        MFT__UNROLL
+        for (j = 0; j < nv; j++) {
+            float *t = tile + i * ld + j * MFT__W;
+            if (add) c[i][j] += MFT__LOAD(t);
+            MFT__STORE(t, c[i][j]);
+        }
+    }
+}
+
+/* One strip against every panel; a strip or a panel that is not full takes a smaller tile. */
+MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
+{
+    enum { LANES = MFT__P * MFT__W };
+    int64_t l;
+#define MFT__TILE(h, nv) do {                                                                                                                  \
+        if (x->by_row) MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells);           \
+        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, MFT__H,      x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells); } while (0)
+    for (l = 0; l < x->lanes; l += LANES) {
+        const float *v = x->v + l / LANES * x->v_panel;
+        int          narrow = x->lanes - l <= MFT__W;
+        if      (x->h > 2 * MFT__H / 3) { if (narrow) MFT__TILE(MFT__H, 1);         else MFT__TILE(MFT__H, MFT__P); }
+        else if (x->h > MFT__H / 3)     { if (narrow) MFT__TILE(2 * MFT__H / 3, 1); else MFT__TILE(2 * MFT__H / 3, MFT__P); }
+        else                            { if (narrow) MFT__TILE(MFT__H / 3, 1);     else MFT__TILE(MFT__H / 3, MFT__P); }
+    }
+#undef MFT__TILE
+}
+
+#undef MFT__STRIP
+#undef MFT__STRIP_TARGET
+#undef MFT__STEP
+#ifdef MFT__STRIP_ONLY
+#  undef MFT__STRIP_ONLY
+#else                                       /* the row is complete: forget the vocabulary */
+#  undef MFT__EACH_ACTIVATION
+#  undef MFT__JOIN_
+#  undef MFT__JOIN
+#  undef MFT__FN
+#  undef MFT__BODY
+#  undef MFT__HELP
+#  undef MFT__I
+#  undef MFT__D
+#  undef MFT__IN
+#  undef MFT__OUT
+#  undef MFT__EACH
+#  undef MFT__ROW
+#  undef MFT__TARGET
+#  undef MFT__V
+#  undef MFT__W
+#  undef MFT__H
+#  undef MFT__P
+#  undef MFT__SET1
+#  undef MFT__LOAD
+#  undef MFT__STORE
+#  undef MFT__FMA
+#  undef MFT__SQRT
+#  undef MFT__ZIP_LO
+#  undef MFT__ZIP_HI
+#  undef MFT__LOAD_F16
+#  undef MFT__STORE_F16
+#endif
+
+#endif /* MFT__ROW */
+
+/* ==============================================================================
+ * MARK: - [LICENSE] MIT
+ *
+ * Copyright (c) 2026 the mft authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy
+ * of this software and associated documentation files (the "Software"), to deal
+ * in the Software without restriction, including without limitation the rights
+ * to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+ * copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ * ============================================================================== */
