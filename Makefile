@@ -1,0 +1,72 @@
+# mft - build, test, show and measure. Needs a C compiler and make, nothing else.
+#
+#   make            tools and examples into build/
+#   make demo       fine-tunes the bundled model on the bundled health records and shows what it learned
+#   make test       every test, also as C++; larger data in ../shared or $MFT_TEST_DATA is used when it is there
+#   make bench      kernels, ops and training steps beside the machine's measured peak
+#   make sanitize   the tests under the address and undefined-behaviour sanitizers, those with threads under the thread sanitizer
+#   make fuzz       every parser on its corpus, and FUZZ_SECONDS of new inputs each
+#
+# RUN goes before every program that is run, for emulators:
+#   make test CC=aarch64-linux-gnu-gcc BUILD=build/aarch64 RUN="qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu"
+
+CC      ?= cc
+CXX     ?= c++
+CFLAGS  ?= -O2 -g
+WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes
+LIBS     = -lm -lpthread
+BUILD   ?= build
+RUN     ?=
+FUZZ_SECONDS ?= 10
+FUZZ_FLAGS   ?= -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+HEADERS  = mft.h mft_safetensors.h mft_models.h
+TESTS    = $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
+TESTS_CXX = $(patsubst tests/%.cc,$(BUILD)/%,$(wildcard tests/test_*.cc))
+EXAMPLES = $(patsubst examples/%.c,$(BUILD)/%,$(wildcard examples/*.c)) $(patsubst examples/%.cc,$(BUILD)/%,$(wildcard examples/*.cc))
+FUZZERS  = $(patsubst tests/fuzz/%.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
+
+all: $(BUILD)/mft $(EXAMPLES)
+
+$(BUILD):
+	mkdir -p $(BUILD)
+
+$(BUILD)/mft: tools/mft.c $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. tools/mft.c -o $@ $(LIBS)
+
+$(BUILD)/test_%: tests/test_%.c tests/test.h $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -Itests $< -o $@ $(LIBS)
+
+$(BUILD)/test_%: tests/test_%.cc tests/test.h $(HEADERS) | $(BUILD)
+	$(CXX) -std=c++11 $(CFLAGS) -Wall -Wextra -Wpedantic -Wshadow -I. -Itests $< -o $@ $(LIBS)
+
+$(BUILD)/%: examples/%.c $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. $< -o $@ $(LIBS)
+
+$(BUILD)/%: examples/%.cc $(HEADERS) | $(BUILD)
+	$(CXX) -std=c++11 $(CFLAGS) -Wall -Wextra -Wpedantic -Wshadow -I. $< -o $@ $(LIBS)
+
+$(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(FUZZ_FLAGS) $(WARN) -I. -Itests/fuzz -Itests $< -o $@ $(LIBS)
+
+# Runs all of them, sums what they report, fails if one failed.
+test: $(TESTS) $(TESTS_CXX) all
+	@RUN="$(RUN)" BUILD="$(BUILD)" sh tests/run.sh $(TESTS) $(TESTS_CXX)
+
+demo: $(BUILD)/demo
+	$(RUN) $(BUILD)/demo
+
+bench: $(BUILD)/mft
+	$(RUN) $(BUILD)/mft bench
+
+sanitize:
+	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models"
+
+fuzz: $(FUZZERS)
+	@RUN="$(RUN)" FUZZ_SECONDS="$(FUZZ_SECONDS)" sh tests/fuzz/run.sh $(FUZZERS)
+
+clean:
+	rm -rf $(BUILD)
+
+.PHONY: all test demo bench sanitize fuzz clean

@@ -1,0 +1,1181 @@
+/* mft.c - the command line: fine-tune, evaluate, generate with small language models
+ *
+ *   One table of flags; a command names those it takes. Results go to stdout, with --json as one
+ *   object and nothing else; progress and errors to stderr. Exit status 0 done, 1 failed (with a
+ *   sentence), 2 wrong usage, 130 interrupted.
+ *
+ *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [GENERATE] [TOKENIZE] [LOGITS]
+ *           [INSPECT] [MERGE] [INIT] [MAIN] */
+#define MFT_IMPLEMENTATION
+#include "mft.h"
+#include "mft_safetensors.h"
+#include "mft_models.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ==============================================================================
+ * MARK: - [FLAGS] One table, read for every command
+ * ============================================================================== */
+typedef struct options {
+    const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
+    const char *precision, *quantize, *log, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
+    int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
+    int64_t seed, memory_budget;
+    double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
+    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_special, json, ignore_eos;
+    int     use_rslora, use_dora, help;
+    const char *path;                       /* the one argument without a flag, where a command takes one */
+} options;
+
+typedef enum flag_kind { STRING, INTEGER, NUMBER, SWITCH, BYTES } flag_kind;
+
+typedef struct flag {
+    const char *name;
+    flag_kind   kind;
+    size_t      at;                         /* in options */
+    double      low, high;                  /* what a number may be */
+    const char *argument, *help;
+} flag;
+
+#define AT(field) offsetof(options, field)
+#define MANY 2147483647.0
+static const flag flags[] = {
+    { "model",              STRING,  AT(model),              0, 0, "DIR",  "the model: a snapshot directory (config.json, *.safetensors, tokenizer)" },
+    { "adapter",            STRING,  AT(adapter),            0, 0, "DIR",  "a LoRA adapter in PEFT's format; finetune starts from it" },
+    { "data",               STRING,  AT(data),               0, 0, "FILE", "what to read: text, JSONL or token ids, see --format" },
+    { "eval-data",          STRING,  AT(eval_data),          0, 0, "FILE", "held-out data of the same kind, evaluated at the end" },
+    { "output",             STRING,  AT(output),             0, 0, "PATH", "where the result goes" },
+    { "format",             STRING,  AT(format),             0, 0, "KIND", "auto, text, jsonl, mmlu or tokens (raw int32 ids)            [auto]" },
+    { "full",               SWITCH,  AT(full),               0, 0, NULL,   "train all weights instead of an adapter" },
+    { "plan",               SWITCH,  AT(plan),               0, 0, NULL,   "print the memory the run would need, and do not run it" },
+    { "lora-rank",          INTEGER, AT(lora_rank),          1, 65536, "N",   "rank of the adapter                                          [8]" },
+    { "lora-alpha",         NUMBER,  AT(lora_alpha),         0, 1e9, "X",  "the adapter's product is scaled by alpha / rank              [2 rank]" },
+    { "lora-dropout",       NUMBER,  AT(lora_dropout),       0, 0.999999, "P",  "dropout on the adapter's input                               [0]" },
+    { "lora-modules",       STRING,  AT(lora_modules),       0, 0, "LIST", "q_proj,v_proj | all-linear | a regular expression            [the family's]" },
+    { "use-rslora",         SWITCH,  AT(use_rslora),         0, 0, NULL,   "scale by alpha / sqrt(rank)" },
+    { "use-dora",           SWITCH,  AT(use_dora),           0, 0, NULL,   "weight-decomposed adapter (DoRA)" },
+    { "batch-size",         INTEGER, AT(batch_size),         1, 65536, "N", "sequences per forward pass                                   [1]" },
+    { "grad-accum-steps",   INTEGER, AT(grad_accum_steps),   1, 1000000, "N", "forward passes per optimizer step                            [1]" },
+    { "seq-len",            INTEGER, AT(seq_len),            2, 16777216, "N", "tokens per sequence or window                                [256]" },
+    { "stride",             INTEGER, AT(stride),             1, MANY, "N", "tokens between the starts of windows                         [seq-len]" },
+    { "epochs",             INTEGER, AT(epochs),             1, MANY, "N", "passes over the data                                         [1]" },
+    { "max-steps",          INTEGER, AT(max_steps),          1, MANY, "N", "optimizer steps, instead of epochs" },
+    { "lr",                 NUMBER,  AT(lr),                 0, 1e9, "X",  "peak learning rate                                           [2e-4; --full 2e-5]" },
+    { "lr-min",             NUMBER,  AT(lr_min),             0, 1e9, "X",  "where the schedule ends                                      [0]" },
+    { "lr-scheduler",       STRING,  AT(lr_scheduler),       0, 0, "KIND", "cosine, linear or constant                                   [cosine]" },
+    { "warmup-steps",       INTEGER, AT(warmup_steps),       0, MANY, "N", "steps over which the rate rises from 0                       [0]" },
+    { "warmup-ratio",       NUMBER,  AT(warmup_ratio),       0, 1, "X",    "the same as a share of all steps                             [0]" },
+    { "weight-decay",       NUMBER,  AT(weight_decay),       0, 1e9, "X",  "decoupled weight decay                                       [0]" },
+    { "max-grad-norm",      NUMBER,  AT(max_grad_norm),      0, 1e30, "X", "clip gradients to this 2-norm; 0: no clipping                [1]" },
+    { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw or sgd                                                 [adamw]" },
+    { "seed",               INTEGER, AT(seed),               0, 9007199254740992.0, "N", "of all that is random                                        [0]" },
+    { "assistant-loss-only", SWITCH, AT(assistant_loss_only), 0, 0, NULL,  "insist on chat data: learn assistant turns only" },
+    { "train-on-prompt",    SWITCH,  AT(train_on_prompt),    0, 0, NULL,   "learn prompts and user turns as well" },
+    { "chat-template",      STRING,  AT(chat_template),      0, 0, "FILE", "Jinja template                                               [the tokenizer's]" },
+    { "no-pack",            SWITCH,  AT(no_pack),            0, 0, NULL,   "one sample per row, padded on the right" },
+    { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
+    { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
+    { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute each block in the backward pass: less memory" },
+    { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory the library may hold: 512M, 2G                   [no limit]" },
+    { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step" },
+    { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
+    { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
+    { "prompt",             STRING,  AT(prompt),             0, 0, "TEXT", "what to continue" },
+    { "max-tokens",         INTEGER, AT(max_tokens),         1, MANY, "N", "tokens to generate at most                                   [64]" },
+    { "temperature",        NUMBER,  AT(temperature),        0, 1000, "X", "0: always the likeliest token                                [0]" },
+    { "top-k",              INTEGER, AT(top_k),              0, MANY, "N", "draw from the k likeliest tokens; 0: from all                [0]" },
+    { "top-p",              NUMBER,  AT(top_p),              0, 1, "P",    "draw from the likeliest tokens that make up p                [1]" },
+    { "repetition-penalty", NUMBER,  AT(repetition_penalty), 0.01, 100, "X", "divides the logits of tokens seen before                     [1]" },
+    { "ignore-eos",         SWITCH,  AT(ignore_eos),         0, 0, NULL,   "go on past the end-of-sequence token" },
+    { "text",               STRING,  AT(text),               0, 0, "TEXT", "text to encode" },
+    { "file",               STRING,  AT(file),               0, 0, "FILE", "text file to encode" },
+    { "decode",             STRING,  AT(decode),             0, 0, "IDS",  "token ids to decode: \"1 2 3\"" },
+    { "jsonl",              STRING,  AT(jsonl),              0, 0, "FILE", "one object with \"text\" a line in, one array of ids a line out" },
+    { "no-special",         SWITCH,  AT(no_special),         0, 0, NULL,   "leave out the tokens that the tokenizer adds by itself" },
+    { "tokens",             STRING,  AT(tokens),             0, 0, "FILE", "raw little-endian int32 token ids" },
+    { "config",             STRING,  AT(config),             0, 0, "FILE", "a config.json" },
+    { "dtype",              STRING,  AT(dtype),              0, 0, "KIND", "f32, f16 or bf16                                             [f32]" },
+    { "json",               SWITCH,  AT(json),               0, 0, NULL,   "print one JSON object on stdout and nothing else" },
+    { "help",               SWITCH,  AT(help),               0, 0, NULL,   "this text" }
+};
+enum { N_FLAGS = (int)(sizeof flags / sizeof *flags) };
+
+typedef struct command {
+    const char *name, *summary, *takes;     /* flag names between blanks; "PATH" for an argument without a flag */
+    const char *examples;
+    int       (*run)(const options *o);
+} command;
+
+/* "--name" against a flag's name; '_' counts as '-'. */
+static int same_name(const char *a, const char *b)
+{
+    for (; *a && *b; a++, b++) if ((*a == '_' ? '-' : *a) != (*b == '_' ? '-' : *b)) return 0;
+    return *a == *b;
+}
+
+/* Does a list of words between blanks hold the word? */
+static int in_list(const char *list, const char *word)
+{
+    size_t n = strlen(word);
+    while (*list) {
+        while (*list == ' ') list++;
+        if (!strncmp(list, word, n) && (list[n] == ' ' || !list[n])) return 1;
+        while (*list && *list != ' ') list++;
+    }
+    return 0;
+}
+
+/* Single-character edits between two words (Levenshtein), for "did you mean". */
+static int edits(const char *a, const char *b)
+{
+    int row[64], i, j, n = (int)strlen(b);
+    if (n > 62) return 99;
+    for (j = 0; j <= n; j++) row[j] = j;
+    for (i = 1; a[i - 1]; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (j = 1; j <= n; j++) {
+            int change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            if (row[j - 1] + 1 < change) change = row[j - 1] + 1;
+            if (diagonal + 1 < change) change = diagonal + 1;
+            row[j] = change;
+        }
+    }
+    return row[n];
+}
+
+static const char *nearest_flag(const command *c, const char *name)
+{
+    const char *best = NULL;
+    int         i, least = 4;
+    for (i = 0; i < N_FLAGS; i++) {
+        int d = in_list(c->takes, flags[i].name) || !strcmp(flags[i].name, "help") ? edits(name, flags[i].name) : 99;
+        if (d < least) { least = d; best = flags[i].name; }
+    }
+    return best;
+}
+
+static int usage_error(const command *c)
+{
+    fprintf(stderr, "try: mft %s --help\n", c->name);
+    return 2;
+}
+
+/* "512M" in bytes; -1 if it is none. K, M, G are powers of 1024. */
+static int64_t parse_bytes(const char *s)
+{
+    char  *end;
+    double v = strtod(s, &end), unit = 1;
+    if (end == s || !(v > 0)) return -1;
+    if (*end == 'k' || *end == 'K') unit = 1024.0;
+    if (*end == 'm' || *end == 'M') unit = 1024.0 * 1024;
+    if (*end == 'g' || *end == 'G') unit = 1024.0 * 1024 * 1024;
+    if (unit != 1) end++;
+    if (*end == 'i') end++;
+    if (*end == 'b' || *end == 'B') end++;
+    return *end || v * unit > 9e15 ? -1 : (int64_t)(v * unit);
+}
+
+/* Stores a flag's value. 0 with a sentence on stderr if it is impossible. */
+static int set_flag(options *o, const flag *f, const char *value)
+{
+    char  *end, *field = (char *)o + f->at;
+    double number = 0;
+    if (f->kind == SWITCH) { *(int *)(void *)field = 1; return 1; }
+    if (f->kind == STRING) { *(const char **)(void *)field = value; return 1; }
+    if (f->kind == BYTES) {
+        int64_t bytes = parse_bytes(value);
+        if (bytes < 0) { fprintf(stderr, "mft: --%s %s: not a size such as 512M or 2G\n", f->name, value); return 0; }
+        *(int64_t *)(void *)field = bytes;
+        return 1;
+    }
+    number = strtod(value, &end);
+    if (end == value || *end || number != number || (f->kind == INTEGER && number != floor(number))) {
+        fprintf(stderr, "mft: --%s %s: not %s\n", f->name, value, f->kind == INTEGER ? "a whole number" : "a number");
+        return 0;
+    }
+    if (number < f->low || number > f->high) {
+        fprintf(stderr, "mft: --%s %s: must be from %.10g to %.10g\n", f->name, value, f->low, f->high);
+        return 0;
+    }
+    if (f->kind == INTEGER) *(int64_t *)(void *)field = (int64_t)number;
+    else                    *(double *)(void *)field = number;
+    return 1;
+}
+
+/* Reads the command's flags. 0: a sentence is on stderr. */
+static int parse_flags(const command *c, int argc, char **argv, options *o)
+{
+    int i, k;
+    for (i = 0; i < argc; i++) {
+        const char *a = argv[i], *value, *near;
+        char        name[64];
+        size_t      n;
+        if (a[0] != '-' || a[1] != '-') {
+            if (in_list(c->takes, "PATH") && !o->path && a[0] != '-') { o->path = a; continue; }
+            if (!strcmp(a, "-h")) { o->help = 1; continue; }
+            fprintf(stderr, "mft %s: \"%s\" is not a flag\n", c->name, a);
+            return 0;
+        }
+        a += 2;
+        value = strchr(a, '=');
+        n = value ? (size_t)(value - a) : strlen(a);
+        snprintf(name, sizeof name, "%.*s", (int)(n < 63 ? n : 63), a);
+        for (k = 0; k < N_FLAGS && !same_name(name, flags[k].name); k++) {}
+        if (k == N_FLAGS || (!in_list(c->takes, flags[k].name) && strcmp(flags[k].name, "help"))) {
+            near = nearest_flag(c, name);
+            fprintf(stderr, "mft %s: unknown flag --%s%s%s%s\n", c->name, name, near ? ", did you mean --" : "", near ? near : "", near ? "?" : "");
+            return 0;
+        }
+        if (value) value++;
+        if (flags[k].kind == SWITCH && value) { fprintf(stderr, "mft %s: --%s takes no value\n", c->name, flags[k].name); return 0; }
+        if (flags[k].kind != SWITCH && !value) {
+            if (i + 1 == argc) { fprintf(stderr, "mft %s: --%s needs a value\n", c->name, flags[k].name); return 0; }
+            value = argv[++i];
+        }
+        if (!set_flag(o, &flags[k], value)) return 0;
+    }
+    return 1;
+}
+
+static void print_help(const command *c)
+{
+    int i;
+    printf("mft %s - %s\n\n", c->name, c->summary);
+    for (i = 0; i < N_FLAGS; i++) {
+        char left[64];
+        if (!in_list(c->takes, flags[i].name)) continue;
+        snprintf(left, sizeof left, "--%s%s%s", flags[i].name, flags[i].argument ? " " : "", flags[i].argument ? flags[i].argument : "");
+        printf("  %-26s%s\n", left, flags[i].help);
+    }
+    printf("\n%s", c->examples);
+}
+
+/* One of the words, by its place; -1 and a sentence on stderr if it is none. NULL is the first. */
+static int choice(const char *flag_name, const char *value, const char *const *words)
+{
+    int i;
+    if (!value) return 0;
+    for (i = 0; words[i]; i++) if (!strcmp(value, words[i])) return i;
+    fprintf(stderr, "mft: --%s %s: must be one of", flag_name, value);
+    for (i = 0; words[i]; i++) fprintf(stderr, "%s %s", i ? "," : "", words[i]);
+    fprintf(stderr, "\n");
+    return -1;
+}
+
+/* Is a flag there that the command cannot do without? */
+static int need(const char *command_name, const char *flag_name, const char *value)
+{
+    if (value) return 1;
+    fprintf(stderr, "mft %s: --%s is needed\ntry: mft %s --help\n", command_name, flag_name, command_name);
+    return 0;
+}
+
+/* ==============================================================================
+ * MARK: - [OUTPUT] JSON on stdout, sentences and progress on stderr
+ * ============================================================================== */
+static void json_string(FILE *f, const char *s)
+{
+    fputc('"', f);
+    for (; *s; s++) {
+        unsigned char c = (unsigned char)*s;
+        if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
+        else if (c == '\n') fputs("\\n", f);
+        else if (c < 32) fprintf(f, "\\u%04x", c);
+        else fputc(c, f);
+    }
+    fputc('"', f);
+}
+
+/* A number as JSON has it: null for NaN and infinity, which it lacks. */
+static void json_number(FILE *f, double v)
+{
+    if (v - v == 0) fprintf(f, "%.10g", v); else fputs("null", f);
+}
+
+static void json_ids(FILE *f, const int32_t *ids, int64_t n)
+{
+    int64_t i;
+    fputc('[', f);
+    for (i = 0; i < n; i++) fprintf(f, "%s%ld", i ? "," : "", (long)ids[i]);
+    fputc(']', f);
+}
+
+static size_t peak_rss(void)
+{
+    size_t peak;
+    mft_process_memory(NULL, &peak);
+    return peak;
+}
+
+static double megabytes(size_t bytes) { return (double)bytes / 1048576.0; }
+
+/* ==============================================================================
+ * MARK: - [SESSION] A context, the model, what commands share
+ * ============================================================================== */
+typedef struct session {
+    mft_context   *ctx;
+    mft_tokenizer *tok;
+    mft_model     *model;
+} session;
+
+static mft_context *signal_target;          /* what SIGINT cancels */
+
+static void on_interrupt(int sig)
+{
+    (void)sig;
+    if (!signal_target) _exit(130);
+    mft_cancel(signal_target, 1);
+    signal_target = NULL;                   /* the second one ends us at once */
+}
+
+static void on_log(void *user, mft_log_level level, const char *text)
+{
+    (void)user;
+    if (level <= MFT_LOG_INFO) fprintf(stderr, "mft: %s\n", text);
+}
+
+/* Prints the context's sentence; the exit status is that of a failure or of an interruption. */
+static int fail(session *s, mft_status status)
+{
+    const char *text = s->ctx ? mft_error_message(s->ctx) : "";
+    if (status == MFT_ERR_CANCELLED) fprintf(stderr, "mft: interrupted\n");
+    else fprintf(stderr, "mft: %s\n", *text ? text : mft_status_string(status));
+    return status == MFT_ERR_CANCELLED ? 130 : 1;
+}
+
+static int close_session(session *s, int exit_status)
+{
+    signal_target = NULL;
+    mft_context_destroy(s->ctx);
+    return exit_status;
+}
+
+static int open_session(const options *o, session *s)
+{
+    static const char *const precisions[] = { "f32", "bf16", NULL };
+    mft_context_desc d;
+    mft_status       status;
+    int              precision = choice("precision", o->precision, precisions);
+    memset(s, 0, sizeof *s);
+    if (precision < 0) return 2;
+    memset(&d, 0, sizeof d);
+    d.n_threads = (int)o->threads; d.kernels = o->kernels; d.precision = (mft_precision)precision;
+    d.memory_budget = (size_t)o->memory_budget; d.seed = (uint64_t)o->seed; d.log = on_log;
+    status = mft_context_create(&d, &s->ctx);
+    if (status == MFT_ERR_INVALID_ARGUMENT) {
+        int i;
+        fprintf(stderr, "mft: no kernel row \"%s\" on this machine; there are", o->kernels ? o->kernels : getenv("MFT_KERNELS") ? getenv("MFT_KERNELS") : "");
+        for (i = 0; mft_kernels_available(i); i++) fprintf(stderr, "%s %s", i ? "," : "", mft_kernels_available(i));
+        fprintf(stderr, "\n");
+        return 2;
+    }
+    if (status != MFT_OK) {
+        fprintf(stderr, "mft: %s%s\n", mft_status_string(status), o->memory_budget ? ": --memory-budget is too small even to begin" : "");
+        return 1;
+    }
+    signal_target = s->ctx;
+    signal(SIGINT, on_interrupt);
+    return 0;
+}
+
+static mft_status load_model(const options *o, session *s, const mft_model_desc *desc)
+{
+    mft_status status = mft_model_load(s->ctx, o->model, desc, &s->model);
+    if (status == MFT_OK && o->adapter) status = mft_lora_load(s->model, o->adapter, NULL);
+    return status;
+}
+
+/* A file of int32 ids, checked against the vocabulary; freed with free(). */
+static int32_t *read_tokens(const char *path, int64_t vocab, int64_t *out_n)
+{
+    FILE    *f = fopen(path, "rb");
+    int32_t *ids = NULL;
+    long     bytes = -1;
+    int64_t  i;
+    if (f && fseek(f, 0, SEEK_END) == 0) bytes = ftell(f);
+    if (bytes < 0) { fprintf(stderr, "mft: %s: cannot be read\n", path); goto done; }
+    if (bytes == 0 || bytes % 4) { fprintf(stderr, "mft: %s: %ld bytes are no int32 token ids\n", path, bytes); goto done; }
+    ids = (int32_t *)malloc((size_t)bytes);
+    rewind(f);
+    if (!ids || fread(ids, 1, (size_t)bytes, f) != (size_t)bytes) {
+        fprintf(stderr, "mft: %s: cannot be read\n", path);
+        free(ids); ids = NULL;
+        goto done;
+    }
+    *out_n = bytes / 4;
+    for (i = 0; i < *out_n; i++)
+        if (ids[i] < 0 || ids[i] >= vocab) {
+            fprintf(stderr, "mft: %s: token %lld is %ld, outside the model's vocabulary of %lld\n", path, (long long)i, (long)ids[i], (long long)vocab);
+            free(ids); ids = NULL;
+            goto done;
+        }
+done:
+    if (f) fclose(f);
+    return ids;
+}
+
+static char *read_text(const char *path, int64_t *out_bytes)
+{
+    FILE *f = fopen(path, "rb");
+    char *text = NULL;
+    long  n = -1;
+    if (f && fseek(f, 0, SEEK_END) == 0) n = ftell(f);
+    if (n >= 0) text = (char *)malloc((size_t)n + 1);
+    if (text) {
+        rewind(f);
+        if (fread(text, 1, (size_t)n, f) != (size_t)n) { free(text); text = NULL; }
+        else { text[n] = '\0'; *out_bytes = n; }
+    }
+    if (!text) fprintf(stderr, "mft: %s: cannot be read\n", path);
+    if (f) fclose(f);
+    return text;
+}
+
+/* Text to ids, freed with free(). NULL: the session has the sentence. */
+static int32_t *encode(session *s, const char *text, int64_t bytes, int encode_flags, int64_t *out_n)
+{
+    int64_t  n = mft_tokenizer_encode(s->tok, text, bytes, encode_flags, NULL, 0);
+    int32_t *ids;
+    if (n < 0) return NULL;
+    ids = (int32_t *)malloc((size_t)(n + 1) * sizeof *ids);
+    if (ids) *out_n = mft_tokenizer_encode(s->tok, text, bytes, encode_flags, ids, n);
+    return ids;
+}
+
+static char *decode(session *s, const int32_t *ids, int64_t n, int decode_flags)
+{
+    int64_t bytes = mft_tokenizer_decode(s->tok, ids, n, decode_flags, NULL, 0);
+    char   *text;
+    if (bytes < 0) return NULL;
+    text = (char *)malloc((size_t)bytes + 1);
+    if (text) { mft_tokenizer_decode(s->tok, ids, n, decode_flags, text, bytes); text[bytes] = '\0'; }
+    return text;
+}
+
+/* ==============================================================================
+ * MARK: - [FINETUNE]
+ * ============================================================================== */
+typedef struct live {                       /* what the progress callback draws with */
+    FILE   *log;
+    int     terminal, quiet;
+    int64_t total;
+    double  began, shown, smooth, loss_sum;
+    int64_t steps;
+    double  tokens_per_second;
+} live;
+
+static void duration(char *text, size_t cap, double s)
+{
+    if (s < 0) snprintf(text, cap, "?");
+    else if (s < 60) snprintf(text, cap, "%.0fs", s);
+    else if (s < 3600) snprintf(text, cap, "%.0fm%02.0fs", floor(s / 60), floor(fmod(s, 60)));
+    else snprintf(text, cap, "%.0fh%02.0fm", floor(s / 3600), floor(fmod(s, 3600) / 60));
+}
+
+static void on_step(void *user, const mft_progress *p)
+{
+    live  *v = (live *)user;
+    double now = mft__now();
+    char   eta[32];
+    v->smooth = v->steps ? 0.9 * v->smooth + 0.1 * p->loss : p->loss;
+    v->loss_sum += p->loss; v->steps++;
+    v->tokens_per_second = p->tokens_per_second;
+    if (v->log) {
+        fprintf(v->log, "{\"step\":%lld,\"loss\":%.10g,\"lr\":%.17g,\"grad_norm\":%.10g,\"tokens\":%lld,\"tokens_per_second\":%.6g,\"peak_rss_bytes\":%llu,\"elapsed_s\":%.6g}\n",
+                (long long)p->step, p->loss, p->learning_rate, p->grad_norm, (long long)p->n_tokens, p->tokens_per_second,
+                (unsigned long long)peak_rss(), now - v->began);
+        fflush(v->log);
+    }
+    if (v->quiet) return;
+    /* a terminal is redrawn ten times a second; elsewhere a line every tenth of the run, or every half minute */
+    if (p->step < v->total && now - v->shown < (v->terminal ? 0.1 : 30) && (v->terminal || p->step % (v->total / 10 + 1))) return;
+    v->shown = now;
+    duration(eta, sizeof eta, p->eta_seconds);
+    fprintf(stderr, "%sstep %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f MB  eta %s%s", v->terminal ? "\r\033[K" : "", (long long)p->step, (long long)v->total,
+            v->smooth, p->learning_rate, p->tokens_per_second, megabytes(p->resident_bytes), eta, v->terminal ? "" : "\n");
+    if (v->terminal && p->step == v->total) fputc('\n', stderr);
+}
+
+static void on_target(void *user, const char *target, int n_modules, int64_t n)
+{
+    (void)user;
+    fprintf(stderr, "  %-24s x%-4d %12lld\n", target, n_modules, (long long)n);
+}
+
+static void print_plan(const mft_plan *p, int json)
+{
+    static const char *const names[] = { "weights_mapped", "weights_held", "trainable", "gradients", "optimizer", "step", "tokenizer_and_data", "total" };
+    size_t values[8];
+    int    i;
+    values[0] = p->weights_mapped; values[1] = p->weights_held; values[2] = p->trainable; values[3] = p->gradients;
+    values[4] = p->optimizer; values[5] = p->step; values[6] = p->tokenizer_and_data; values[7] = p->total;
+    if (json) {
+        printf("{");
+        for (i = 0; i < 8; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
+        printf("\"grad_checkpointing\":%s}\n", p->grad_checkpointing ? "true" : "false");
+        return;
+    }
+    printf("memory plan, MB\n");
+    for (i = 0; i < 8; i++) printf("  %-20s %10.1f\n", names[i], megabytes(values[i]));
+    printf("  activation checkpointing %s\n", p->grad_checkpointing ? "on" : "off");
+}
+
+/* A dataset of the flags' kind from a file. */
+static mft_status open_data(const options *o, session *s, const char *path, int format, const char *template_text, mft_dataset **out)
+{
+    mft_dataset_desc d;
+    mft_status       status;
+    memset(&d, 0, sizeof d);
+    d.max_seq_len = (int)o->seq_len; d.format = (mft_data_format)format; d.seed = (uint64_t)o->seed;
+    d.no_pack = o->no_pack; d.no_shuffle = o->no_shuffle; d.train_on_prompt = o->train_on_prompt;
+    d.assistant_loss_only = o->assistant_loss_only; d.chat_template = template_text;
+    d.vocab_size = mft_model_get_config(s->model)->vocab_size;
+    status = mft_dataset_create(s->ctx, s->tok, &d, out);
+    if (status == MFT_OK) status = mft_dataset_load(*out, path);
+    return status;
+}
+
+static void report_data(const char *path, mft_dataset *data)
+{
+    mft_dataset_info info;
+    if (mft_dataset_report(data, &info) != MFT_OK) return;
+    fprintf(stderr, "%s: %s, %lld samples, %lld tokens, %lld supervised (%.0f%%), longest %lld", path, info.format, (long long)info.n_samples, (long long)info.n_tokens,
+            (long long)info.n_supervised, info.n_tokens ? 100.0 * (double)info.n_supervised / (double)info.n_tokens : 0.0, (long long)info.longest);
+    if (info.n_truncated) fprintf(stderr, ", %lld truncated", (long long)info.n_truncated);
+    fprintf(stderr, "\n");
+}
+
+/* The flags that say how to train, as the library has them. 0: a sentence is on stderr. */
+static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trainer_desc *t)
+{
+    static const char *const schedules[] = { "cosine", "linear", "constant", NULL };
+    static const mft_schedule_kind kinds[] = { MFT_SCHEDULE_COSINE, MFT_SCHEDULE_LINEAR, MFT_SCHEDULE_CONSTANT };
+    static const char *const optimizers[] = { "adamw", "sgd", NULL };
+    int schedule = choice("lr-scheduler", o->lr_scheduler, schedules), optimizer = choice("optim", o->optim, optimizers);
+    if (schedule < 0 || optimizer < 0) return 0;
+    memset(t, 0, sizeof *t);
+    t->optimizer.kind = optimizer ? MFT_SGD : MFT_ADAMW;
+    t->optimizer.weight_decay = o->weight_decay;
+    t->optimizer.max_grad_norm = o->max_grad_norm == 0 ? -1 : o->max_grad_norm;
+    t->learning_rate = o->lr >= 0 ? o->lr : o->full ? 2e-5 : 2e-4;
+    t->learning_rate_min = o->lr_min;
+    t->schedule = kinds[schedule];
+    t->warmup_steps = o->warmup_steps; t->warmup_ratio = o->warmup_ratio;
+    t->total_steps = total_steps;
+    t->micro_batch = (int)o->batch_size; t->grad_accum = (int)o->grad_accum_steps;
+    t->on_step = on_step; t->user = v;
+    return 1;
+}
+
+static int64_t count_trainable(mft_model *m)
+{
+    mft_tensor **t;
+    int64_t      total = 0;
+    int          i, n = mft_model_params(m, 1, NULL, 0);
+    t = (mft_tensor **)malloc((size_t)(n + 1) * sizeof *t);
+    if (!t) return 0;
+    mft_model_params(m, 1, t, n);
+    for (i = 0; i < n; i++) total += mft_tensor_numel(t[i]);
+    free(t);
+    return total;
+}
+
+static int run_finetune(const options *given)
+{
+    static const char *const formats[] = { "auto", "text", "jsonl", "mmlu", "tokens", NULL };
+    options          o = *given;
+    session          s;
+    mft_model_desc   md;
+    mft_trainer_desc td;
+    mft_dataset     *data = NULL, *held = NULL;
+    mft_trainer     *tr = NULL;
+    mft_eval         eval;
+    live             v;
+    char            *template_text = NULL;
+    int64_t          steps, trainable, bytes;
+    mft_status       status;
+    int              exit_status, format = choice("format", o.format, formats);
+
+    if (format < 0 || !need("finetune", "model", o.model) || !need("finetune", "data", o.data) || (!o.plan && !need("finetune", "output", o.output))) return 2;
+    if (o.full && (o.adapter || o.lora_rank || o.lora_alpha > 0 || o.lora_modules || o.use_dora || o.use_rslora)) {
+        fprintf(stderr, "mft finetune: --full trains the weights themselves: it takes no --adapter and no --lora flags\n");
+        return 2;
+    }
+    if (o.adapter && (o.lora_rank || o.lora_modules || o.use_dora || o.use_rslora)) {
+        fprintf(stderr, "mft finetune: --adapter says rank and modules itself: leave --lora-rank, --lora-modules, --use-dora, --use-rslora out\n");
+        return 2;
+    }
+    memset(&v, 0, sizeof v);
+    if (!trainer_desc(&o, 1, &v, &td)) return 2;
+    if (o.max_steps && o.epochs) { fprintf(stderr, "mft finetune: --epochs or --max-steps, not both\n"); return 2; }
+    memset(&eval, 0, sizeof eval);
+    exit_status = open_session(&o, &s);
+    if (exit_status) return exit_status;
+
+    if (!o.plan && (status = mft__can_write_in(s.ctx, o.output)) != MFT_OK) goto failed;       /* found now, not after hours */
+    if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
+    memset(&md, 0, sizeof md);
+    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing;
+    if ((status = load_model(&o, &s, &md)) != MFT_OK) goto failed;
+    if (format != MFT_DATA_TOKENS && (status = mft_tokenizer_load(s.ctx, o.model, &s.tok)) != MFT_OK) {
+        if (status != MFT_ERR_IO) goto failed;
+        s.tok = NULL;                                           /* rows of input_ids need none; text will say so */
+    }
+    if (!o.full && !o.adapter) {
+        mft_lora_desc ld;
+        memset(&ld, 0, sizeof ld);
+        ld.rank = (int)o.lora_rank; ld.alpha = (float)o.lora_alpha; ld.dropout = (float)o.lora_dropout; ld.targets = o.lora_modules;
+        ld.use_rslora = o.use_rslora; ld.use_dora = o.use_dora; ld.seed = (uint64_t)o.seed;
+        if ((status = mft_lora_attach(s.model, &ld)) != MFT_OK) goto failed;
+    }
+    if ((status = open_data(&o, &s, o.data, format, template_text, &data)) != MFT_OK) goto failed;
+    if (o.eval_data && (status = open_data(&o, &s, o.eval_data, format, template_text, &held)) != MFT_OK) goto failed;
+    steps = mft_dataset_epoch_batches(data, (int)o.batch_size);
+    steps = (steps + o.grad_accum_steps - 1) / o.grad_accum_steps * (o.epochs ? o.epochs : 1);
+    if (o.max_steps) steps = o.max_steps;
+    td.total_steps = steps;
+    if ((status = mft_trainer_create(s.model, data, &td, &tr)) != MFT_OK) goto failed;
+    trainable = count_trainable(s.model);
+    if (o.plan) {
+        mft_plan plan;
+        if ((status = mft_trainer_plan(tr, 0, 0, &plan)) != MFT_OK) goto failed;
+        print_plan(&plan, o.json);
+        goto done;
+    }
+    v.quiet = o.json && !isatty(2); v.terminal = isatty(2); v.total = steps;
+    if (!v.quiet) {
+        report_data(o.data, data);
+        fprintf(stderr, "trains %lld of %lld parameters (%.3g%%), %lld steps\n", (long long)trainable, (long long)mft_model_get_config(s.model)->n_params,
+                100.0 * (double)trainable / (double)mft_model_get_config(s.model)->n_params, (long long)steps);
+        mft_lora_report(s.model, on_target, NULL);
+    }
+    if (o.log && !(v.log = fopen(o.log, "w"))) { fprintf(stderr, "mft: %s: cannot be written\n", o.log); exit_status = 1; goto done; }
+    v.began = v.shown = mft__now();
+    status = mft_trainer_run(tr, steps);
+    if (status != MFT_OK) goto failed;
+    if (held && (status = mft_trainer_evaluate(tr, held, 0, &eval)) != MFT_OK) goto failed;
+    status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
+    if (status != MFT_OK) goto failed;
+    if (o.json) {
+        printf("{\"steps\":%lld,\"train_loss\":", (long long)v.steps);
+        json_number(stdout, v.loss_sum / (double)v.steps);
+        printf(",\"eval_loss\":");       if (held) json_number(stdout, eval.loss); else printf("null");
+        printf(",\"eval_perplexity\":"); if (held) json_number(stdout, eval.perplexity); else printf("null");
+        printf(",\"tokens_per_second\":"); json_number(stdout, v.tokens_per_second);
+        printf(",\"peak_rss_bytes\":%llu,\"trainable_parameters\":%lld,\"output\":", (unsigned long long)peak_rss(), (long long)trainable);
+        json_string(stdout, o.output);
+        printf("}\n");
+    } else {
+        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)v.steps, v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
+        if (held) printf("held out: loss %.4f, perplexity %.3f over %lld tokens\n", eval.loss, eval.perplexity, (long long)eval.n_tokens);
+        printf("saved %s in %s\n", o.full ? "the model" : "the adapter", o.output);
+    }
+    goto done;
+failed:
+    if (v.terminal && v.steps) fputc('\n', stderr);
+    exit_status = fail(&s, status);
+done:
+    if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
+    free(template_text);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [PERPLEXITY]
+ * ============================================================================== */
+static int run_perplexity(const options *o)
+{
+    static const char *const formats[] = { "auto", "text", "tokens", NULL };
+    session    s;
+    mft_eval   eval;
+    char      *text = NULL;
+    int32_t   *ids = NULL;
+    int64_t    n = 0, bytes = 0;
+    double     began, seconds;
+    mft_status status;
+    int        exit_status, format = choice("format", o->format, formats);
+
+    if (format < 0 || !need("perplexity", "model", o->model) || !need("perplexity", "data", o->data)) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    if ((status = load_model(o, &s, NULL)) != MFT_OK) goto failed;
+    if (format == 2) {
+        if (!(ids = read_tokens(o->data, mft_model_get_config(s.model)->vocab_size, &n))) { exit_status = 1; goto done; }
+    } else {
+        if ((status = mft_tokenizer_load(s.ctx, o->model, &s.tok)) != MFT_OK) goto failed;
+        if (!(text = read_text(o->data, &bytes))) { exit_status = 1; goto done; }
+        if (!(ids = encode(&s, text, bytes, 0, &n))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    }
+    began  = mft__now();
+    status = mft_perplexity(s.model, ids, n, (int)o->seq_len, (int)o->stride, &eval);
+    if (status != MFT_OK) goto failed;
+    seconds = mft__now() - began;
+    if (o->json) {
+        printf("{\"tokens\":%lld,\"loss\":", (long long)eval.n_tokens);
+        json_number(stdout, eval.loss);
+        printf(",\"perplexity\":");        json_number(stdout, eval.perplexity);
+        printf(",\"tokens_per_second\":"); json_number(stdout, (double)n / seconds);
+        printf(",\"peak_rss_bytes\":%llu}\n", (unsigned long long)peak_rss());
+    } else printf("perplexity %.4f (loss %.6f over %lld tokens, %.0f tokens/s)\n", eval.perplexity, eval.loss, (long long)eval.n_tokens, (double)n / seconds);
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    free(text); free(ids);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [GENERATE]
+ * ============================================================================== */
+typedef struct stream { mft_decoder *decoder; int quiet, failed, begun; } stream;
+
+static int on_token(void *user, int32_t id)
+{
+    stream     *st = (stream *)user;
+    const char *piece = mft_decoder_push(st->decoder, id, NULL);
+    if (!piece) { st->failed = 1; return 1; }
+    if (!st->quiet) { fputs(piece, stdout); fflush(stdout); st->begun = 1; }
+    return 0;
+}
+
+static void generate_desc(const options *o, mft_generate_desc *d)
+{
+    memset(d, 0, sizeof *d);
+    d->max_new_tokens = (int)o->max_tokens; d->temperature = (float)o->temperature; d->top_k = (int)o->top_k; d->top_p = (float)o->top_p;
+    d->repetition_penalty = (float)o->repetition_penalty; d->seed = (uint64_t)o->seed; d->ignore_eos = o->ignore_eos;
+}
+
+static int run_generate(const options *o)
+{
+    session  s;
+    stream   st;
+    mft_generate_desc d;
+    int32_t *prompt = NULL, *out = NULL;
+    char    *text = NULL;
+    const char *rest;
+    int64_t  n_prompt = 0, n = 0;
+    mft_status status;
+    int      exit_status;
+
+    if (!need("generate", "model", o->model) || !need("generate", "prompt", o->prompt)) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    memset(&st, 0, sizeof st);
+    if ((status = load_model(o, &s, NULL)) != MFT_OK || (status = mft_tokenizer_load(s.ctx, o->model, &s.tok)) != MFT_OK
+        || (status = mft_decoder_create(s.tok, MFT_SKIP_SPECIAL, &st.decoder)) != MFT_OK) goto failed;
+    if (!(prompt = encode(&s, o->prompt, -1, o->no_special ? MFT_NO_ADD_SPECIAL : 0, &n_prompt))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    generate_desc(o, &d);
+    out = (int32_t *)malloc((size_t)(d.max_new_tokens > 0 ? d.max_new_tokens : 64) * sizeof *out);
+    if (!out) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    st.quiet = o->json;
+    d.on_token = on_token; d.user = &st;
+    n = mft_generate(s.model, prompt, n_prompt, &d, out, d.max_new_tokens > 0 ? d.max_new_tokens : 64);
+    if (n < 0 || st.failed) { status = n < 0 ? (mft_status)n : MFT_ERR_INVALID_ARGUMENT; if (st.begun) printf("\n"); goto failed; }
+    if (o->json) {
+        if (!(text = decode(&s, out, n, MFT_SKIP_SPECIAL))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+        printf("{\"prompt_tokens\":"); json_ids(stdout, prompt, n_prompt);
+        printf(",\"tokens\":");        json_ids(stdout, out, n);
+        printf(",\"text\":");          json_string(stdout, text);
+        printf("}\n");
+    } else {
+        rest = mft_decoder_finish(st.decoder, NULL);
+        printf("%s\n", rest ? rest : "");
+    }
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    free(prompt); free(out); free(text);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [TOKENIZE]
+ * ============================================================================== */
+
+/* One JSON object with "text" a line in, one array a line out. */
+static int tokenize_lines(session *s, const char *path, int encode_flags)
+{
+    int64_t bytes = 0, line = 0;
+    char   *text = read_text(path, &bytes), *p = text, *end = text ? text + bytes : NULL;
+    int     ok = text != NULL;
+    while (ok && p < end) {
+        char       *stop = (char *)memchr(p, '\n', (size_t)(end - p));
+        size_t      n = (size_t)((stop ? stop : end) - p), text_bytes = 0;
+        mft_json   *root = NULL;
+        const char *value;
+        int32_t    *ids;
+        int64_t     count = 0;
+        line++;
+        if (n && p[n - 1] == '\r') n--;
+        if (n) {
+            if (mft__json_parse(s->ctx, path, (int)line, p, n, &root) != MFT_OK) { fprintf(stderr, "mft: %s\n", mft_error_message(s->ctx)); ok = 0; break; }
+            value = mft_json_string(mft_json_get(root, "text"), &text_bytes);
+            ids   = value ? encode(s, value, (int64_t)text_bytes, encode_flags, &count) : NULL;
+            if (!value) fprintf(stderr, "mft: %s: line %lld: no string \"text\"\n", path, (long long)line);
+            else if (!ids) fprintf(stderr, "mft: %s: line %lld: %s\n", path, (long long)line, mft_error_message(s->ctx));
+            ok = ids != NULL;
+            if (ok) { json_ids(stdout, ids, count); fputc('\n', stdout); }
+            free(ids);
+            mft_json_destroy(root);
+        }
+        p = stop ? stop + 1 : end;
+    }
+    free(text);
+    return ok ? 0 : 1;
+}
+
+/* "1 2 3" or "1,2,3" or "[1, 2, 3]" to ids, freed with free(). */
+static int32_t *parse_ids(const char *s, int64_t *out_n)
+{
+    int32_t *ids = (int32_t *)malloc((strlen(s) / 2 + 1) * sizeof *ids);
+    int64_t  n = 0;
+    while (ids && *s) {
+        char *end;
+        long  v;
+        if (strchr(" ,[]\n\t\r", *s)) { s++; continue; }
+        v = strtol(s, &end, 10);
+        if (end == s || v < 0 || v > 2147483647L) { fprintf(stderr, "mft tokenize: --decode: \"%.20s\" is no token id\n", s); free(ids); return NULL; }
+        ids[n++] = (int32_t)v;
+        s = end;
+    }
+    *out_n = n;
+    return ids;
+}
+
+static int run_tokenize(const options *o)
+{
+    session    s;
+    char      *text = NULL;
+    int32_t   *ids = NULL;
+    int64_t    n = 0, bytes = -1;
+    mft_status status;
+    int        exit_status, ways = !!o->text + !!o->file + !!o->decode + !!o->jsonl, encode_flags = o->no_special ? MFT_NO_ADD_SPECIAL : 0;
+
+    if (!need("tokenize", "model", o->model)) return 2;
+    if (ways != 1) { fprintf(stderr, "mft tokenize: one of --text, --file, --decode, --jsonl is needed\n"); return 2; }
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    if ((status = mft_tokenizer_load(s.ctx, o->model, &s.tok)) != MFT_OK) goto failed;
+    if (o->jsonl) { exit_status = tokenize_lines(&s, o->jsonl, encode_flags); goto done; }
+    if (o->decode) {
+        if (!(ids = parse_ids(o->decode, &n))) { exit_status = 2; goto done; }
+        if (!(text = decode(&s, ids, n, o->no_special ? MFT_SKIP_SPECIAL : 0))) { status = MFT_ERR_INVALID_ARGUMENT; goto failed; }
+        if (o->json) { printf("{\"text\":"); json_string(stdout, text); printf("}\n"); }
+        else printf("%s\n", text);
+        goto done;
+    }
+    if (o->file && !(text = read_text(o->file, &bytes))) { exit_status = 1; goto done; }
+    if (!(ids = encode(&s, o->text ? o->text : text, bytes, encode_flags, &n))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    if (o->json) { printf("{\"ids\":"); json_ids(stdout, ids, n); printf("}\n"); }
+    else {
+        int64_t i;
+        for (i = 0; i < n; i++) printf("%s%ld", i ? " " : "", (long)ids[i]);
+        printf("\n");
+    }
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    free(text); free(ids);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [LOGITS]
+ * ============================================================================== */
+
+/* `logits` [N, T, V] f32 of N rows of T tokens, held whole until it is saved. */
+static int run_logits(const options *o)
+{
+    session    s;
+    int32_t   *ids = NULL;
+    int64_t    n = 0, rows, seq = o->seq_len, i, shape[3];
+    FILE      *f = NULL;
+    mft_status status;
+    int        exit_status, was;
+
+    if (!need("logits", "model", o->model) || !need("logits", "tokens", o->tokens) || !need("logits", "output", o->output)) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    if ((status = load_model(o, &s, NULL)) != MFT_OK) goto failed;
+    if (!(ids = read_tokens(o->tokens, mft_model_get_config(s.model)->vocab_size, &n))) { exit_status = 1; goto done; }
+    rows = n / seq;
+    if (!rows || n % seq) { fprintf(stderr, "mft logits: %s holds %lld tokens, which are no rows of %lld\n", o->tokens, (long long)n, (long long)seq); exit_status = 1; goto done; }
+    {
+        mft_tensor *all;
+        shape[0] = rows; shape[1] = seq; shape[2] = mft_model_get_config(s.model)->vocab_size;
+        all = mft_tensor_create(s.ctx, MFT_HELD, MFT_F32, 3, shape);
+        if (!all) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+        all->name = "logits";
+        was = mft_grad_enable(s.ctx, 0);
+        for (i = 0; i < rows; i++) {
+            mft_batch   b;
+            mft_tensor *y;
+            memset(&b, 0, sizeof b);
+            b.input_ids = ids + i * seq; b.batch = 1; b.seq = (int)seq;
+            y = mft_model_forward(s.model, &b);
+            if (!y) { status = mft_backward(s.ctx, NULL); mft_step_reset(s.ctx); goto failed; }
+            memcpy((float *)all->data + i * seq * shape[2], y->data, (size_t)(seq * shape[2]) * sizeof(float));
+            mft_step_reset(s.ctx);
+        }
+        mft_grad_enable(s.ctx, was);
+        if ((status = mft_safetensors_save(s.ctx, o->output, &all, 1, NULL)) != MFT_OK) goto failed;
+    }
+    if (o->json) { printf("{\"shape\":[%lld,%lld,%lld],\"output\":", (long long)shape[0], (long long)shape[1], (long long)shape[2]); json_string(stdout, o->output); printf("}\n"); }
+    else printf("logits [%lld, %lld, %lld] in %s\n", (long long)shape[0], (long long)shape[1], (long long)shape[2], o->output);
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    free(ids);
+    if (f) fclose(f);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [INSPECT]
+ * ============================================================================== */
+static void print_entry(const mft_safetensors_entry *e, int json, int first)
+{
+    int i;
+    if (json) {
+        printf("%s{\"name\":", first ? "" : ",");
+        json_string(stdout, e->name);
+        printf(",\"dtype\":\"%s\",\"shape\":[", e->dtype_name);
+        for (i = 0; i < e->ndim; i++) printf("%s%lld", i ? "," : "", (long long)e->shape[i]);
+        printf("]}");
+        return;
+    }
+    printf("  %-60s %-5s [", e->name, e->dtype_name);
+    for (i = 0; i < e->ndim; i++) printf("%s%lld", i ? ", " : "", (long long)e->shape[i]);
+    printf("]%s%s\n", e->problem ? "  " : "", e->problem ? e->problem : "");
+}
+
+static void print_tensors(mft_safetensors *st, int json)
+{
+    size_t i, n;
+    const mft_safetensors_entry *e = mft_safetensors_entries(st, &n);
+    if (json) printf("\"tensors\":[");
+    for (i = 0; i < n; i++) print_entry(&e[i], json, i == 0);
+    if (json) printf("]");
+}
+
+/* "F32" or "BF16 (x146), F32 (x2)" of all tensors. */
+static void dtype_summary(mft_safetensors *st, char *text, size_t cap)
+{
+    const char *names[8];
+    size_t      counts[8], kinds = 0, i, k, n, used = 0;
+    const mft_safetensors_entry *e = mft_safetensors_entries(st, &n);
+    for (i = 0; i < n; i++) {
+        for (k = 0; k < kinds && strcmp(names[k], e[i].dtype_name); k++) {}
+        if (k == kinds) { if (kinds == 8) continue; names[kinds] = e[i].dtype_name; counts[kinds++] = 0; }
+        counts[k]++;
+    }
+    text[0] = '\0';
+    for (k = 0; k < kinds && used < cap; k++)
+        used += (size_t)snprintf(text + used, cap - used, kinds > 1 ? "%s%s (x%llu)" : "%s%s", k ? ", " : "", names[k], (unsigned long long)counts[k]);
+}
+
+static int inspect_model(session *s, const options *o)
+{
+    mft_model_config c;
+    mft_safetensors *st = NULL;
+    mft_plan         plan;
+    mft_model       *m = NULL;
+    mft_trainer     *tr = NULL;
+    mft_trainer_desc td;
+    char             dtypes[128];
+    mft_status       status;
+    if ((status = mft_model_inspect(s->ctx, o->path, &c)) != MFT_OK || (status = mft_safetensors_open(s->ctx, o->path, &st)) != MFT_OK
+        || (status = mft_model_load(s->ctx, o->path, NULL, &m)) != MFT_OK) return fail(s, status);
+    dtype_summary(st, dtypes, sizeof dtypes);
+    if (mft_tokenizer_load(s->ctx, o->path, &s->tok) != MFT_OK) s->tok = NULL;
+    memset(&td, 0, sizeof td);
+    if ((status = mft_lora_attach(m, NULL)) != MFT_OK || (status = mft_trainer_create(m, NULL, &td, &tr)) != MFT_OK
+        || (status = mft_trainer_plan(tr, 1, (int)o->seq_len, &plan)) != MFT_OK) return fail(s, status);
+    if (o->json) {
+        printf("{\"kind\":\"model\",\"family\":\"%s\",\"model_type\":", mft_family_name(c.family));
+        json_string(stdout, c.model_type);
+        printf(",\"parameters\":%lld,\"vocab_size\":%lld,\"hidden_size\":%lld,\"intermediate_size\":%lld,\"n_layer\":%d,\"n_head\":%d,\"n_kv_head\":%d,\"head_dim\":%d,\"max_position\":%lld,\"sliding_window\":%d,\"tied_embeddings\":%s,\"dtypes\":",
+               (long long)c.n_params, (long long)c.vocab_size, (long long)c.hidden_size, (long long)c.intermediate_size, c.n_layer, c.n_head, c.n_kv_head, c.head_dim,
+               (long long)c.max_position, c.sliding_window, c.tied_embeddings ? "true" : "false");
+        json_string(stdout, dtypes);
+        printf(",\"lora_targets\":\"%s\",\"tokenizer\":", mft_family_lora_targets(c.family));
+        if (s->tok) json_string(stdout, mft_tokenizer_kind(s->tok)); else printf("null");
+        printf(",\"chat_template\":%s,", s->tok && mft_tokenizer_chat_template(s->tok) ? "true" : "false");
+        print_tensors(st, 1);
+        printf("}\n");
+        return 0;
+    }
+    printf("%s: a %s model\n", o->path, mft_family_name(c.family));
+    printf("  parameters      %lld%s\n", (long long)c.n_params, c.tied_embeddings ? " (the head is the embedding)" : "");
+    printf("  layers          %d of width %lld, inner %lld\n", c.n_layer, (long long)c.hidden_size, (long long)c.intermediate_size);
+    printf("  attention       %d heads of %d, %d for keys and values", c.n_head, c.head_dim, c.n_kv_head);
+    if (c.sliding_window) printf(", sliding window %d", c.sliding_window);
+    printf("\n  vocabulary      %lld, positions up to %lld\n", (long long)c.vocab_size, (long long)c.max_position);
+    printf("  stored as       %s\n", dtypes);
+    printf("  tokenizer       %s\n", s->tok ? mft_tokenizer_kind(s->tok) : "none");
+    printf("  chat template   %s\n", s->tok && mft_tokenizer_chat_template(s->tok) ? "yes" : "no");
+    printf("  LoRA targets    %s\n", mft_family_lora_targets(c.family));
+    printf("for a LoRA step of 1 x %lld tokens (rank 8): ", (long long)o->seq_len);
+    print_plan(&plan, 0);
+    return 0;
+}
+
+static int inspect_adapter(session *s, const options *o, const char *config_path)
+{
+    mft_json        *root = NULL;
+    mft_safetensors *st = NULL;
+    char            *path = mft__path_join(s->ctx, o->path, "adapter_model.safetensors");
+    const char      *base;
+    mft_status       status = path ? mft_json_load(s->ctx, config_path, &root) : MFT_ERR_OUT_OF_MEMORY;
+    if (status == MFT_OK) status = mft_safetensors_open(s->ctx, path, &st);
+    mft__strfree(s->ctx, path);
+    if (status != MFT_OK) return fail(s, status);
+    base = mft_json_string(mft_json_get(root, "base_model_name_or_path"), NULL);
+    if (o->json) {
+        printf("{\"kind\":\"adapter\",\"r\":%lld,\"lora_alpha\":%g,\"base\":", (long long)mft_json_integer(mft_json_get(root, "r"), 0), mft_json_number(mft_json_get(root, "lora_alpha"), 0));
+        json_string(stdout, base ? base : "");
+        printf(",\"use_rslora\":%s,\"use_dora\":%s,", mft_json_bool(mft_json_get(root, "use_rslora"), 0) ? "true" : "false", mft_json_bool(mft_json_get(root, "use_dora"), 0) ? "true" : "false");
+        print_tensors(st, 1);
+        printf("}\n");
+    } else {
+        printf("%s: a LoRA adapter of rank %lld, alpha %g, for %s\n", o->path, (long long)mft_json_integer(mft_json_get(root, "r"), 0), mft_json_number(mft_json_get(root, "lora_alpha"), 0), base ? base : "?");
+        print_tensors(st, 0);
+    }
+    return 0;
+}
+
+static int run_inspect(const options *given)
+{
+    options          o = *given;
+    session          s;
+    mft_safetensors *st = NULL;
+    char            *config = NULL, *adapter = NULL;
+    mft_status       status;
+    int              exit_status;
+    if (!o.path) o.path = o.model;
+    if (!o.path) { fprintf(stderr, "mft inspect: which path?\ntry: mft inspect --help\n"); return 2; }
+    exit_status = open_session(&o, &s);
+    if (exit_status) return exit_status;
+    config  = mft__path_join(s.ctx, o.path, "config.json");
+    adapter = mft__path_join(s.ctx, o.path, "adapter_config.json");
+    if (adapter && mft__file_exists(s.ctx, adapter)) exit_status = inspect_adapter(&s, &o, adapter);
+    else if (config && mft__file_exists(s.ctx, config)) exit_status = inspect_model(&s, &o);
+    else if ((status = mft_safetensors_open(s.ctx, o.path, &st)) != MFT_OK) exit_status = fail(&s, status);
+    else {
+        if (o.json) printf("{\"kind\":\"safetensors\",");
+        print_tensors(st, o.json);
+        if (o.json) printf("}\n");
+    }
+    mft__strfree(s.ctx, config);
+    mft__strfree(s.ctx, adapter);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [MERGE] [INIT]
+ * ============================================================================== */
+static int run_merge(const options *o)
+{
+    session    s;
+    mft_status status;
+    int        exit_status;
+    if (!need("merge", "model", o->model) || !need("merge", "adapter", o->adapter) || !need("merge", "output", o->output)) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    if ((status = load_model(o, &s, NULL)) != MFT_OK || (status = mft_lora_merge(s.model)) != MFT_OK || (status = mft_model_save(s.model, o->output)) != MFT_OK)
+        exit_status = fail(&s, status);
+    else if (o->json) { printf("{\"output\":"); json_string(stdout, o->output); printf("}\n"); }
+    else printf("merged into %s\n", o->output);
+    return close_session(&s, exit_status);
+}
+
+static int run_init(const options *o)
+{
+    static const char *const dtypes[] = { "f32", "bf16", "f16", NULL };
+    static const mft_dtype kinds[] = { MFT_F32, MFT_BF16, MFT_F16 };
+    session    s;
+    mft_status status;
+    int        exit_status, dtype = choice("dtype", o->dtype, dtypes);
+    if (dtype < 0 || !need("init", "config", o->config) || !need("init", "output", o->output)) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    status = mft_model_init(s.ctx, o->config, (uint64_t)o->seed, kinds[dtype], o->output);
+    if (status != MFT_OK) exit_status = fail(&s, status);
+    else if (o->json) { printf("{\"output\":"); json_string(stdout, o->output); printf("}\n"); }
+    else printf("random weights in %s\n", o->output);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
+ * MARK: - [MAIN]
+ * ============================================================================== */
+#define COMMON " threads kernels precision json "
+static const command commands[] = {
+    { "finetune", "train a LoRA adapter, or all weights, on your data",
+      "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
+      "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
+      "chat-template no-pack no-shuffle grad-checkpointing memory-budget log" COMMON,
+      "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
+      "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
+      "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n", run_finetune },
+    { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride" COMMON,
+      "  mft perplexity --model gpt2 --data wiki.test.raw --seq-len 1024 --stride 512\n", run_perplexity },
+    { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos" COMMON,
+      "  mft generate --model gpt2 --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95\n", run_generate },
+    { "tokenize", "text to token ids and back", "model text file decode jsonl no-special" COMMON,
+      "  mft tokenize --model gpt2 --text \"Hello world\"\n  mft tokenize --model gpt2 --decode \"15496 995\"\n", run_tokenize },
+    { "logits", "the model's logits for rows of token ids, as safetensors", "model adapter tokens seq-len output" COMMON,
+      "  mft logits --model gpt2 --tokens ids.bin --seq-len 128 --output logits.safetensors\n", run_logits },
+    { "inspect", "what a model, an adapter or a .safetensors file holds", "PATH model seq-len" COMMON,
+      "  mft inspect Qwen2.5-0.5B\n  mft inspect adapter --json\n", run_inspect },
+    { "merge", "an adapter into its base: a snapshot of its own", "model adapter output" COMMON,
+      "  mft merge --model gpt2 --adapter adapter --output merged\n", run_merge },
+    { "init", "a snapshot with random weights", "config seed dtype output" COMMON,
+      "  mft init --config gpt2/config.json --output fresh --dtype bf16\n", run_init }
+};
+enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
+
+static void print_commands(FILE *f)
+{
+    int i;
+    fprintf(f, "mft %d.%d.%d - fine-tune small language models where the data is\n\n", MFT_VERSION_MAJOR, MFT_VERSION_MINOR, MFT_VERSION_PATCH);
+    for (i = 0; i < N_COMMANDS; i++) fprintf(f, "  mft %-12s %s\n", commands[i].name, commands[i].summary);
+    fprintf(f, "\nmft COMMAND --help tells a command's flags, with examples.\n");
+}
+
+int main(int argc, char **argv)
+{
+    options o;
+    int     i, least = 4, nearest = -1, status;
+    if (argc < 2) { print_commands(stderr); return 2; }
+    if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { print_commands(stdout); return 0; }
+    if (!strcmp(argv[1], "--version")) { printf("mft %d.%d.%d\n", MFT_VERSION_MAJOR, MFT_VERSION_MINOR, MFT_VERSION_PATCH); return 0; }
+    for (i = 0; i < N_COMMANDS; i++) {
+        int d = edits(argv[1], commands[i].name);
+        if (d == 0) break;
+        if (d < least) { least = d; nearest = i; }
+    }
+    if (i == N_COMMANDS) {
+        fprintf(stderr, "mft: unknown command \"%s\"%s%s%s\n", argv[1], nearest >= 0 ? ", did you mean " : "", nearest >= 0 ? commands[nearest].name : "", nearest >= 0 ? "?" : "");
+        print_commands(stderr);
+        return 2;
+    }
+    memset(&o, 0, sizeof o);
+    o.batch_size = o.grad_accum_steps = 1;
+    o.seq_len = 256; o.lr = -1; o.max_grad_norm = 1;
+    if (!parse_flags(&commands[i], argc - 2, argv + 2, &o)) return usage_error(&commands[i]);
+    if (o.help) { print_help(&commands[i]); return 0; }
+    status = commands[i].run(&o);
+    if (fflush(stdout) != 0 && status == 0) { fprintf(stderr, "mft: standard output could not be written\n"); return 1; }
+    return status;
+}
