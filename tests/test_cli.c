@@ -1,0 +1,413 @@
+/* test_cli.c - the program as its users meet it: exit statuses, sentences, JSON, logs, interruption.
+ * Runs $BUILD/mft (default build/mft) through sh, with $RUN before it; not on systems without them. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE                         /* mkdtemp, fork, kill */
+#endif
+#define MFT_IMPLEMENTATION
+#include "mft.h"
+#include "mft_safetensors.h"
+#include "mft_models.h"
+#include "test.h"
+
+#include <dirent.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static char         room[300], mft[700];
+static mft_context *ctx;
+static char        *out, *err;              /* of the last run */
+
+static const char *in_room(const char *name)
+{
+    static char buffers[8][700];
+    static int  next;
+    char       *b = buffers[next++ % 8];
+    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
+    return b;
+}
+
+static void remove_dir(const char *dir)
+{
+    DIR           *d = opendir(dir);
+    struct dirent *e;
+    char           path[1200];
+    while (d && (e = readdir(d)) != NULL) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        if (unlink(path) != 0) remove_dir(path);
+    }
+    if (d) closedir(d);
+    rmdir(dir);
+}
+
+static void write_file(const char *path, const void *text, size_t bytes)
+{
+    FILE *f = fopen(path, "wb");
+    CHECK_MSG(f && fwrite(text, 1, bytes, f) == bytes, "%s", path);
+    if (f) fclose(f);
+}
+
+/* `mft ARGUMENTS`, where @ stands for the room: its exit status; 128 + n if a signal ended it. */
+static int run(const char *arguments)
+{
+    char        command[4000], *p = command, *end = command + sizeof command - 1500;
+    const char *a;
+    int         status;
+    p += snprintf(p, 1500, "%s ", mft);
+    for (a = arguments; *a && p < end; a++) {
+        if (*a == '@') p += snprintf(p, 400, "%s", room); else *p++ = *a;
+    }
+    snprintf(p, 1000, " >%s/.out 2>%s/.err", room, room);
+    free(out); free(err);
+    status = system(command);
+    out = test_read_file(in_room(".out"), NULL);
+    err = test_read_file(in_room(".err"), NULL);
+    if (!out || !err) { printf("no output of %s\n", command); exit(1); }
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* Status, and a word of what is on stderr (NULL: anything). */
+static void expect(const char *arguments, int status, const char *word)
+{
+    int got = run(arguments);
+    CHECK_MSG(got == status, "mft %s: exit status %d, not %d: %s", arguments, got, status, err);
+    CHECK_MSG(!word || strstr(err, word), "mft %s: does not say \"%s\": %s", arguments, word, err);
+    if (status == 1 || status == 2) {
+        CHECK_MSG(strlen(err) > 10 && !*out, "mft %s: a sentence on stderr, nothing on stdout: %s", arguments, out);
+        CHECK_MSG(!strstr(err, "Sanitizer"), "mft %s: %s", arguments, err);
+    }
+}
+
+/* stdout is one JSON object and a newline, with exactly these keys (in any order); NULL otherwise. The caller's. */
+static mft_json *one_object(const char *text, const char *keys)
+{
+    mft_json   *root = NULL;
+    size_t      bytes = strlen(text), i, n = 0;
+    const char *at = keys, *key;
+    CHECK_MSG(bytes > 2 && text[bytes - 1] == '\n' && !strchr(text, '\n')[1], "one line: %s", text);
+    CHECK_MSG(mft_json_parse(ctx, text, bytes, &root) == MFT_OK, "%s: %s", text, mft_error_message(ctx));
+    CHECK_MSG(mft_json_type(root) == MFT_JSON_OBJECT, "%s", text);
+    while (*at) {
+        char word[64];
+        int  length = (int)strcspn(at, " ");
+        snprintf(word, sizeof word, "%.*s", length, at);
+        CHECK_MSG(mft_json_get(root, word) != NULL, "no \"%s\" in %s", word, text);
+        n++;
+        at += length + (at[length] == ' ');
+    }
+    for (i = 0; mft_json_at(root, i, &key) != NULL; i++) {}
+    CHECK_MSG(i == n, "%d keys, not %d: %s", (int)i, (int)n, text);
+    return root;
+}
+
+static double number(const mft_json *root, const char *key) { return mft_json_number(mft_json_get(root, key), NAN); }
+
+/* Model directories of the room: q (a small qwen2 with tokenizer), t (qwen2 of tests/golden, tokens only). */
+static void set_up(void)
+{
+    static const char config[] = "{\"model_type\": \"qwen2\", \"vocab_size\": 430, \"hidden_size\": 16, \"intermediate_size\": 24, \"num_hidden_layers\": 2, "
+                                 "\"num_attention_heads\": 2, \"num_key_value_heads\": 1, \"max_position_embeddings\": 64, \"tie_word_embeddings\": true, \"eos_token_id\": 2}";
+    static const char *const files[] = { "tokenizer.json", "tokenizer_config.json" };
+    static const char rows[] = "{\"input_ids\": [3, 1, 4, 1, 5]}\n{\"input_ids\": [9, 2, 6, 5], \"labels\": [-100, 2, 6, 5]}\n{\"input_ids\": [3, 5, 8]}\n";
+    int32_t ids[96];
+    char    path[300];
+    size_t  i, bytes;
+    char   *text;
+    write_file(in_room("config.json"), config, sizeof config - 1);
+    expect("init --config @/config.json --seed 3 --output @/q", 0, NULL);
+    for (i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "tests/golden/assets/tokenizers/qwen-tiny/%s", files[i]);
+        text = test_read_file(path, &bytes);
+        CHECK_MSG(text != NULL, "%s", path);
+        snprintf(path, sizeof path, "q/%s", files[i]);
+        if (text) write_file(in_room(path), text, bytes);
+        free(text);
+    }
+    for (i = 0; i < 96; i++) ids[i] = (int32_t)(i * 7 % 50);
+    write_file(in_room("ids.bin"), ids, sizeof ids);
+    ids[50] = 1000;
+    write_file(in_room("bad-ids.bin"), ids, sizeof ids);
+    write_file(in_room("odd.bin"), ids, 30);
+    write_file(in_room("rows.jsonl"), rows, sizeof rows - 1);
+    write_file(in_room("text.txt"), "The cat sat on the mat. The dog sat on the log.\nThe end of it all is near, and the sun is up.\n", 94);
+    write_file(in_room("empty"), "", 0);
+    write_file(in_room("a-file"), "precious", 8);
+}
+
+static void test_usage(void)
+{
+    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init" };
+    char   line[200];
+    size_t i;
+    expect("", 2, "finetune");
+    CHECK(run("--help") == 0 && strstr(out, "finetune") && strstr(out, "perplexity") && !*err);
+    CHECK(run("--version") == 0 && !strncmp(out, "mft ", 4));
+    expect("finetun", 2, "did you mean finetune?");
+    expect("frobnicate", 2, "frobnicate");
+    for (i = 0; i < sizeof commands / sizeof *commands; i++) {
+        snprintf(line, sizeof line, "%s --help", commands[i]);
+        CHECK_MSG(run(line) == 0 && strstr(out, commands[i]) && strstr(out, "--threads") && !*err, "%s: %s", line, err);
+        snprintf(line, sizeof line, "  mft %s ", commands[i]);
+        CHECK_MSG(strstr(out, line), "%s --help has no example", commands[i]);
+        expect(commands[i], 2, "--help");                       /* nothing given: says what is needed and where to read */
+        snprintf(line, sizeof line, "%s --thread 2", commands[i]);
+        expect(line, 2, "--threads?");
+        snprintf(line, sizeof line, "%s --wholly-unknown-thing", commands[i]);
+        expect(line, 2, "--wholly-unknown-thing");
+    }
+    expect("finetune --lora_rnk 4", 2, "--lora-rank?");
+    expect("finetune --temperature 1", 2, "--temperature");     /* another command's flag */
+    expect("finetune stray", 2, "stray");
+    expect("generate --model", 2, "--model needs a value");
+    expect("finetune --full=1", 2, "--full");
+    expect("finetune --batch-size 0", 2, "--batch-size 0");
+    expect("finetune --batch-size 1.5", 2, "--batch-size 1.5");
+    expect("finetune --batch_size x", 2, "--batch-size x");
+    expect("finetune --batch-size 1e300", 2, "--batch-size 1e300");
+    expect("finetune --batch-size inf", 2, "--batch-size inf");
+    expect("finetune --lr nan", 2, "--lr nan");
+    expect("finetune --lr -1", 2, "--lr -1");
+    expect("finetune --lora-dropout 1", 2, "--lora-dropout 1");
+    expect("finetune --lora-rank=-8", 2, "--lora-rank -8");
+    expect("finetune --warmup-ratio 1.5", 2, "--warmup-ratio 1.5");
+    expect("finetune --memory-budget lots", 2, "--memory-budget lots");
+    expect("finetune --seed -1", 2, "--seed -1");
+    expect("generate --top-p 2", 2, "--top-p 2");
+    expect("finetune --model @/q --data @/text.txt --output @/x --format xml", 2, "xml");
+    expect("finetune --model @/q --data @/text.txt --output @/x --lr-scheduler step", 2, "step");
+    expect("finetune --model @/q --data @/text.txt --output @/x --optim lion", 2, "lion");
+    expect("finetune --model @/q --data @/text.txt --output @/x --precision f64", 2, "f64");
+    expect("finetune --model @/q --data @/text.txt --output @/x --full --lora-rank 4", 2, "--full");
+    expect("finetune --model @/q --data @/text.txt --output @/x --epochs 1 --max-steps 3", 2, "--max-steps");
+    expect("finetune --model @/q --data @/text.txt --output @/x --kernels sse9", 2, "sse9");
+    expect("init --config @/config.json --output @/x --dtype f8", 2, "f8");
+    expect("tokenize --model @/q --text a --decode 1", 2, "one of");
+    expect("tokenize --model @/q --decode '1 two'", 2, "two");
+    CHECK(!test_file_exists(in_room("x")));
+}
+
+static void test_failures(void)
+{
+    expect("finetune --model @/nowhere --data @/text.txt --output @/x", 1, "nowhere");
+    expect("finetune --model @/q --data @/nowhere.txt --output @/x", 1, "nowhere.txt");
+    expect("finetune --model @/q --data @/empty --output @/x", 1, NULL);
+    expect("finetune --model @/q --data @/text.txt --output @/x --adapter @/nowhere", 1, "nowhere");
+    expect("finetune --model @/q --data @/text.txt --output @/x --lora-modules c_attn", 1, "c_attn");
+    expect("finetune --model @/q --data @/text.txt --output @/x --memory-budget 10k", 1, "budget");
+    expect("finetune --model @/q --data @/text.txt --output @/x --log @/no/log", 1, "no/log");
+    expect("finetune --model @/q --data @/text.txt --output @/x --eval-data @/nowhere", 1, "nowhere");
+    expect("finetune --model @/q --data @/text.txt --output @/x --chat-template @/nowhere", 1, "nowhere");
+    expect("finetune --model tests/golden/qwen2 --data @/text.txt --output @/x", 1, NULL);         /* text without a tokenizer */
+    expect("finetune --model @/q --data @/bad-ids.bin --format tokens --output @/x", 1, "1000");
+    expect("finetune --model @/q --data @/odd.bin --format tokens --output @/x", 1, "odd.bin");
+    expect("finetune --model @/q --data @/text.txt --output @/a-file", 1, "a-file");
+    expect("finetune --model @/q --data @/text.txt --output @/a-file/below", 1, "a-file");
+    expect("finetune --model @/q --data @/text.txt --output /proc/nowhere/x", 1, "/proc/nowhere");
+    expect("perplexity --model @/q --data @/empty", 1, NULL);
+    expect("perplexity --model @/q --data @/bad-ids.bin --format tokens", 1, "1000");
+    expect("perplexity --model @/q --data @/ids.bin --format tokens --seq-len 8 --stride 9", 1, "9");
+    expect("generate --model @/q --prompt ''", 1, "prompt");
+    expect("generate --model tests/golden/qwen2 --prompt hello", 1, "tokenizer");
+    expect("logits --model @/q --tokens @/ids.bin --seq-len 7 --output @/l.safetensors", 1, "96");
+    expect("logits --model @/q --tokens @/bad-ids.bin --seq-len 8 --output @/l.safetensors", 1, "1000");
+    expect("logits --model @/q --tokens @/ids.bin --seq-len 8 --output @/no/l.safetensors", 1, "no/l.safetensors");
+    expect("inspect @/nowhere", 1, "nowhere");
+    expect("inspect @/a-file", 1, "a-file");
+    expect("merge --model @/q --adapter tests/golden/gpt2/lora_attn/init --output @/x", 1, "adapter_model.safetensors");
+    expect("init --config @/nowhere --output @/x", 1, "nowhere");
+    expect("tokenize --model @/q --file @/nowhere", 1, "nowhere");
+    expect("tokenize --model @/q --decode 999999", 1, NULL);
+    CHECK(!test_file_exists(in_room("x/adapter_model.safetensors")) && !test_file_exists(in_room("x/model.safetensors")) && !test_file_exists(in_room("l.safetensors")));
+}
+
+/* A number with at least so many digits, or one that needs fewer. */
+static int digits(const char *line, const char *key)
+{
+    char        quoted[64];
+    const char *p;
+    int         n = 0;
+    snprintf(quoted, sizeof quoted, "\"%s\":", key);
+    p = strstr(line, quoted);
+    if (!p) return 0;
+    for (p += strlen(quoted); *p && !strchr(",}e", *p); p++) n += *p >= '0' && *p <= '9' && (n || *p != '0');
+    return n;
+}
+
+static void test_finetune(void)
+{
+    static const char keys[] = "steps train_loss eval_loss eval_perplexity tokens_per_second peak_rss_bytes trainable_parameters output";
+    char     *log, *line, *first_err;
+    mft_json *j;
+    double    sum = 0, evaluated;
+    int       steps = 0, most_loss = 0, most_norm = 0;
+    CHECK(run("finetune --model @/q --data @/text.txt --eval-data @/text.txt --output @/adapter --seq_len 16 --max-steps 7 --batch_size 2 --lora_rank=4 --lora-dropout 0.1 "
+              "--log @/log --json --seed 5 --lr 1e-2 --warmup-steps 2 --lr-scheduler linear --threads 2") == 0);
+    j = one_object(out, keys);
+    CHECK_MSG(number(j, "steps") == 7 && number(j, "trainable_parameters") == 2 * 4 * ((16 + 16) + (16 + 8) + (16 + 8) + (16 + 16)), "%s", out);
+    CHECK(fabs(number(j, "eval_perplexity") / exp(number(j, "eval_loss")) - 1) < 1e-6 && number(j, "tokens_per_second") > 0 && number(j, "peak_rss_bytes") > 1e5);
+    CHECK(!strcmp(mft_json_string(mft_json_get(j, "output"), NULL), in_room("adapter")));
+    evaluated = number(j, "eval_loss");
+    log = test_read_file(in_room("log"), NULL);
+    for (line = log; line && *line; steps++) {
+        char     *end = strchr(line, '\n'), one[1000];
+        mft_json *l;
+        snprintf(one, sizeof one, "%.*s\n", (int)(end - line), line);
+        l = one_object(one, "step loss lr grad_norm tokens tokens_per_second peak_rss_bytes elapsed_s");
+        CHECK(number(l, "step") == steps + 1 && number(l, "loss") > 1 && number(l, "grad_norm") > 0 && number(l, "tokens") > 0);
+        CHECK_MSG(fabs(number(l, "lr") - (steps < 2 ? 1e-2 * steps / 2 : 1e-2 * (7 - steps) / 5)) < 1e-15, "step %d: lr %.17g", steps + 1, number(l, "lr"));
+        if (digits(one, "loss") > most_loss) most_loss = digits(one, "loss");
+        if (digits(one, "grad_norm") > most_norm) most_norm = digits(one, "grad_norm");
+        sum += number(l, "loss");
+        mft_json_destroy(l);
+        line = end + 1;
+    }
+    CHECK_MSG(steps == 7 && most_loss >= 9 && most_norm >= 9, "%d lines, %d and %d digits", steps, most_loss, most_norm);
+    CHECK(fabs(sum / 7 / number(j, "train_loss") - 1) < 1e-8);
+    mft_json_destroy(j);
+    free(log);
+
+    /* without --json: a sentence on stdout, progress on stderr; the same seed, the same adapter */
+    CHECK(run("finetune --model @/q --data @/text.txt --output @/adapter2 --seq-len 16 --max-steps 7 --batch-size 2 --lora-rank 4 --lora-dropout 0.1 --seed 5 --lr 1e-2 "
+              "--warmup-steps 2 --lr-scheduler linear --threads 1") == 0);
+    first_err = strstr(err, "step 7/7");
+    CHECK(first_err && strstr(err, "trains") && strstr(err, "q_proj") && strstr(out, "adapter2"));
+    {
+        size_t a = 0, b = 0;
+        char  *x = test_read_file(in_room("adapter/adapter_model.safetensors"), &a), *y = test_read_file(in_room("adapter2/adapter_model.safetensors"), &b);
+        CHECK(x && y && a == b && !memcmp(x, y, a));
+        free(x); free(y);
+    }
+    /* the adapter makes the difference it was trained for, from the outside too */
+    CHECK(run("perplexity --model @/q --adapter @/adapter --data @/text.txt --seq-len 16 --json") == 0);
+    j = one_object(out, "tokens loss perplexity tokens_per_second peak_rss_bytes");
+    CHECK_MSG(fabs(number(j, "loss") / evaluated - 1) < 0.2 && fabs(number(j, "perplexity") / exp(number(j, "loss")) - 1) < 1e-6, "%s", out);
+    sum = number(j, "loss");
+    mft_json_destroy(j);
+    CHECK(run("merge --model @/q --adapter @/adapter --output @/merged --json") == 0);
+    mft_json_destroy(one_object(out, "output"));
+    CHECK(run("perplexity --model @/merged --data @/text.txt --seq-len 16 --json") == 0);
+    j = one_object(out, "tokens loss perplexity tokens_per_second peak_rss_bytes");
+    CHECK(fabs(number(j, "loss") / sum - 1) < 1e-5);
+    mft_json_destroy(j);
+    CHECK(run("finetune --model @/q --adapter @/adapter --data @/rows.jsonl --format jsonl --no-pack --no-shuffle --output @/adapter3 --epochs 2 --json") == 0);
+    j = one_object(out, keys);
+    CHECK(number(j, "steps") == 6 && mft_json_type(mft_json_get(j, "eval_loss")) == MFT_JSON_NULL && mft_json_type(mft_json_get(j, "eval_perplexity")) == MFT_JSON_NULL);
+    mft_json_destroy(j);
+    CHECK(run("finetune --model tests/golden/qwen2 --data @/ids.bin --format tokens --no-shuffle --full --output @/full --seq-len 12 --batch-size 4 --json --grad-checkpointing") == 0);
+    j = one_object(out, keys);
+    CHECK(number(j, "steps") == 2 && test_file_exists(in_room("full/model.safetensors")) && test_file_exists(in_room("full/config.json")));
+    mft_json_destroy(j);
+    CHECK(run("finetune --model @/q --data @/text.txt --plan --json") == 0);
+    j = one_object(out, "weights_mapped weights_held trainable gradients optimizer step tokenizer_and_data total grad_checkpointing");
+    CHECK(number(j, "gradients") == number(j, "trainable") && number(j, "trainable") > 0);
+    CHECK(number(j, "total") == number(j, "weights_mapped") + number(j, "weights_held") + number(j, "trainable") + number(j, "gradients") + number(j, "optimizer") + number(j, "step") + number(j, "tokenizer_and_data"));
+    mft_json_destroy(j);
+}
+
+static void test_other_commands(void)
+{
+    mft_json        *j;
+    mft_safetensors *st = NULL;
+    const mft_safetensors_entry *e;
+    char             first[2000], *lines;
+    static const char three[] = "{\"text\": \"The cat\"}\n{\"text\": \"\"}\n{\"text\": \"a\\nb\", \"more\": 1}\n";
+    CHECK(run("tokenize --model @/q --text 'The cat'") == 0 && out[0] >= '0' && out[0] <= '9');
+    snprintf(first, sizeof first, "tokenize --model @/q --decode '%.*s'", (int)strcspn(out, "\n"), out);
+    CHECK_MSG(run(first) == 0 && !strcmp(out, "The cat\n"), "%s", out);
+    CHECK(run("tokenize --model @/q --text 'The cat' --json") == 0);
+    j = one_object(out, "ids");
+    CHECK(mft_json_count(mft_json_get(j, "ids")) > 0);
+    mft_json_destroy(j);
+    CHECK(run("tokenize --model @/q --decode '[35, 36]' --json") == 0);
+    mft_json_destroy(one_object(out, "text"));
+    CHECK(run("tokenize --model @/q --file @/text.txt") == 0 && strlen(out) > 20);
+    write_file(in_room("texts.jsonl"), three, sizeof three - 1);
+    CHECK(run("tokenize --model @/q --jsonl @/texts.jsonl --no-special") == 0);
+    lines = out;
+    CHECK_MSG(lines[0] == '[' && strstr(lines, "]\n[]\n["), "%s", out);
+    write_file(in_room("texts.jsonl"), "{\"text\": \"The cat\"}\n{\"txt\": 1}\n", 31);
+    CHECK(run("tokenize --model @/q --jsonl @/texts.jsonl") == 1 && strstr(err, "line 2") && strstr(err, "texts.jsonl"));
+
+    CHECK(run("generate --model @/q --prompt 'The cat' --max-tokens 5 --ignore-eos --json --temperature 0.9 --top-k 40 --top-p 0.9 --seed 4") == 0);
+    j = one_object(out, "prompt_tokens tokens text");
+    CHECK(mft_json_count(mft_json_get(j, "tokens")) == 5 && mft_json_count(mft_json_get(j, "prompt_tokens")) > 0);
+    snprintf(first, sizeof first, "%s", out);
+    mft_json_destroy(j);
+    CHECK(run("generate --model @/q --prompt 'The cat' --max-tokens 5 --ignore-eos --json --temperature 0.9 --top-k 40 --top-p 0.9 --seed 4") == 0 && !strcmp(first, out));
+    CHECK(run("generate --model @/q --adapter @/adapter --prompt 'The cat' --max-tokens 5") == 0 && !*err);
+
+    CHECK(run("logits --model tests/golden/qwen2 --tokens @/ids.bin --seq-len 12 --output @/l.safetensors --json") == 0);
+    mft_json_destroy(one_object(out, "shape output"));
+    CHECK(mft_safetensors_open(ctx, in_room("l.safetensors"), &st) == MFT_OK);
+    e = st ? mft_safetensors_find(st, "logits") : NULL;
+    CHECK(e && e->ndim == 3 && e->shape[0] == 8 && e->shape[1] == 12 && e->shape[2] == 53 && e->dtype == MFT_F32);
+    mft_safetensors_close(st);
+
+    CHECK(run("inspect @/q --json") == 0);
+    CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && !strcmp(mft_json_string(mft_json_get(j, "family"), NULL), "qwen2") && number(j, "vocab_size") == 430);
+    mft_json_destroy(j);
+    CHECK(run("inspect @/adapter --json") == 0);
+    CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && number(j, "r") == 4);
+    mft_json_destroy(j);
+    CHECK(run("inspect tests/golden/gpt2/model.safetensors --json") == 0);
+    CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && mft_json_count(mft_json_get(j, "tensors")) == 28);
+    mft_json_destroy(j);
+    CHECK(run("inspect @/q") == 0 && strstr(out, "qwen2") && strstr(out, "LoRA") && strstr(out, "memory plan"));
+    CHECK(run("inspect @/adapter") == 0 && strstr(out, "rank 4"));
+
+    CHECK(run("init --config @/config.json --seed 3 --output @/q2 --json") == 0);
+    mft_json_destroy(one_object(out, "output"));
+    CHECK(run("init --config @/config.json --seed 3 --dtype bf16 --output @/q3") == 0);
+    {
+        size_t a = 0, b = 0;
+        char  *x = test_read_file(in_room("q/model.safetensors"), &a), *y = test_read_file(in_room("q2/model.safetensors"), &b);
+        CHECK(x && y && a == b && !memcmp(x, y, a));
+        free(x); free(y);
+    }
+}
+
+/* SIGINT in the middle: 130, a word on stderr, no adapter. */
+static void test_interrupt(void)
+{
+    char   command[4000], log[700];
+    pid_t  child;
+    int    status = 0, tries;
+    snprintf(log, sizeof log, "%s/live", room);
+    snprintf(command, sizeof command, "exec %s finetune --model %s/q --data %s/text.txt --output %s/stopped --seq-len 16 --max-steps 100000000 --json --log %s >%s/.out 2>%s/.err", mft, room, room, room, log, room, room);
+    child = fork();
+    if (child == 0) { execl("/bin/sh", "sh", "-c", command, (char *)NULL); _exit(127); }
+    for (tries = 0; tries < 600; tries++) {                     /* until it is at work */
+        struct stat     st;
+        struct timespec t;
+        t.tv_sec = 0; t.tv_nsec = 50000000;
+        if (stat(log, &st) == 0 && st.st_size > 1000) break;
+        nanosleep(&t, NULL);
+    }
+    CHECK(kill(child, SIGINT) == 0 && waitpid(child, &status, 0) == child);
+    CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 130, "status %x", (unsigned)status);
+    free(out); free(err);
+    out = test_read_file(in_room(".out"), NULL); err = test_read_file(in_room(".err"), NULL);
+    CHECK(out && err && !*out && strstr(err, "interrupted"));
+    CHECK(!test_file_exists(in_room("stopped/adapter_model.safetensors")));
+}
+
+int main(void)
+{
+    const char *tmp = getenv("TMPDIR"), *build = getenv("BUILD"), *prefix = getenv("RUN");
+    snprintf(mft, sizeof mft, "%.300s %.300s/mft", prefix ? prefix : "", build && *build ? build : "build");
+    snprintf(room, sizeof room, "%.200s/mft-test-cli-XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    if (!mkdtemp(room) || mft_context_create(NULL, &ctx) != MFT_OK) { printf("no temporary directory\n"); return 1; }
+    TEST(set_up);
+    TEST(test_usage);
+    TEST(test_failures);
+    TEST(test_finetune);
+    TEST(test_other_commands);
+    TEST(test_interrupt);
+    mft_context_destroy(ctx);
+    free(out); free(err);
+    remove_dir(room);
+    return test_report("cli");
+}

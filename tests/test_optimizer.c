@@ -1,0 +1,392 @@
+/* test_optimizer.c - AdamW, SGD, clipping and schedules against double references and torch's numbers; what a
+ * failed step leaves alone; saving and filling the state. The goldens are in test_golden_ops.c. */
+#include "test.h"
+#define MFT_ASSERT(x) do { if (!(x)) { printf("%s:%d: MFT_ASSERT(%s)\n", __FILE__, __LINE__, #x); test__bad++; } } while (0)
+#define MFT_IMPLEMENTATION
+#include "mft.h"
+
+/* 40037 numbers: more than a piece of work of 32768, and no multiple of a vector */
+enum { N0 = 40037, N1 = 35, STEPS = 6 };
+
+static mft_context *context_of_row(int row)
+{
+    mft_context_desc d;
+    mft_context     *ctx = NULL;
+    memset(&d, 0, sizeof d);
+    d.kernels = mft_kernels_available(row);
+    d.n_threads = 2;
+    if (d.kernels && mft_context_create(&d, &ctx) != MFT_OK) { printf("no context for row %s\n", d.kernels); test__bad++; }
+    return ctx;
+}
+
+/* Gradients come as they do in training: d/dp sum(p g) = g. */
+static void give_gradient(mft_context *ctx, mft_tensor *p, const float *g)
+{
+    mft_tensor *t = mft_tensor_create(ctx, MFT_STEP, MFT_F32, p->ndim, p->shape);
+    memcpy(t->data, g, (size_t)mft_tensor_numel(p) * sizeof *g);
+    CHECK(mft_backward(ctx, mft_sum(ctx, mft_mul(ctx, p, t))) == MFT_OK);
+    mft_step_reset(ctx);
+}
+
+typedef struct reference { double *p, *m, *v; int n, no_decay; } reference;
+
+/* One step of the textbook in double. kind as mft_optimizer_kind. Returns the norm before clipping. */
+static double reference_step(reference *r, int n_params, const mft_optimizer_desc *d, float *const *g, double lr, int step)
+{
+    double norm = 0, clip = 1, b1 = d->beta1 != 0 ? d->beta1 : 0.9, b2 = d->beta2 != 0 ? d->beta2 : 0.999, eps = d->eps != 0 ? d->eps : 1e-8;
+    double most = d->max_grad_norm != 0 ? d->max_grad_norm : 1;
+    int    i, k;
+    for (k = 0; k < n_params; k++) for (i = 0; i < r[k].n; i++) norm += (double)g[k][i] * g[k][i];
+    norm = sqrt(norm);
+    if (most > 0 && most / (norm + 1e-6) < 1) clip = most / (norm + 1e-6);
+    for (k = 0; k < n_params; k++) for (i = 0; i < r[k].n; i++) {
+        double x = g[k][i] * clip, decay = 1 - lr * (r[k].no_decay ? 0 : d->weight_decay);
+        if (d->kind == MFT_ADAMW) {
+            r[k].m[i] = b1 * r[k].m[i] + (1 - b1) * x;
+            r[k].v[i] = b2 * r[k].v[i] + (1 - b2) * x * x;
+            r[k].p[i] = r[k].p[i] * decay - lr * (r[k].m[i] / (1 - pow(b1, step))) / (sqrt(r[k].v[i] / (1 - pow(b2, step))) + eps);
+        } else {
+            r[k].m[i] = step == 1 ? x : d->momentum * r[k].m[i] + x;
+            r[k].p[i] = r[k].p[i] * decay - lr * (d->momentum != 0 ? r[k].m[i] : x);
+        }
+    }
+    return norm;
+}
+
+static void run_against_reference(const mft_optimizer_desc *d, double size, const char *what)
+{
+    static float  g0[N0], g1[N1];
+    static double space[3][N0 + N1];
+    int    row;
+    mft_context *ctx;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        int64_t        s0[1] = { N0 }, s1[2] = { 5, 7 };
+        mft_tensor    *p[2];
+        reference      r[2];
+        mft_optimizer *opt;
+        unsigned char  no_decay[2] = { 0, 1 };
+        float         *g[2];
+        uint32_t       seed = 1;
+        int            i, k, step;
+        double         worst = 0, worst_norm = 0, moved = 0;
+        memset(space, 0, sizeof space);
+        p[0] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s0); p[1] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 2, s1);
+        g[0] = g0; g[1] = g1;
+        for (k = 0; k < 2; k++) {
+            r[k].n = (int)mft_tensor_numel(p[k]); r[k].no_decay = k;
+            r[k].p = space[0] + k * N0; r[k].m = space[1] + k * N0; r[k].v = space[2] + k * N0;
+            p[k]->trainable = 1;
+            for (i = 0; i < r[k].n; i++) r[k].p[i] = ((float *)p[k]->data)[i] = test_random(&seed);
+        }
+        CHECK(mft_optimizer_create(ctx, d, p, no_decay, 2, &opt) == MFT_OK);
+        for (step = 1; step <= STEPS; step++) {
+            double norm, want, lr = 0.01 / step, size_now = size * (1 + step % 3);
+            for (k = 0; k < 2; k++) {
+                for (i = 0; i < r[k].n; i++) g[k][i] = (float)size_now * test_random(&seed) * (i % 7 == 3 ? 1e-4f : 1.0f) * (i % 11 == 5 ? 0.0f : 1.0f);
+                give_gradient(ctx, p[k], g[k]);
+            }
+            want = reference_step(r, 2, d, g, lr, step);
+            CHECK(mft_optimizer_step(opt, lr, &norm) == MFT_OK);
+            if (!(fabs(norm / want - 1) <= worst_norm)) worst_norm = fabs(norm / want - 1);
+            for (k = 0; k < 2; k++) for (i = 0; i < r[k].n; i++) {
+                double gap = fabs(((float *)p[k]->data)[i] - r[k].p[i]);
+                if (!(gap <= worst)) worst = gap;
+                if (fabs(r[k].p[i] - 1) > moved) moved = fabs(r[k].p[i] - 1);
+            }
+        }
+        if (getenv("MFT_TEST_VERBOSE")) printf("seen %s, row %s: parameters %.1e, norm %.1e\n", what, mft_kernels_name(ctx), worst, worst_norm);
+        /* parameters to 1 take six roundings of 6e-8; a step moves them by up to 1e-2, so a wrong constant shows */
+        CHECK_MSG(worst < 4e-7 * (1 + size * 0.01), "%s, row %s: %.3g", what, mft_kernels_name(ctx), worst);
+        CHECK_MSG(worst_norm < 1e-12, "%s, row %s: norm %.3g", what, mft_kernels_name(ctx), worst_norm);
+        mft_context_destroy(ctx);
+    }
+}
+
+static void test_adamw(void)
+{
+    mft_optimizer_desc d;
+    memset(&d, 0, sizeof d);                run_against_reference(&d, 1,    "AdamW, clipped");
+    memset(&d, 0, sizeof d);                run_against_reference(&d, 1e-3, "AdamW, below the clip");
+    d.max_grad_norm = -1; d.weight_decay = 0.3; run_against_reference(&d, 1, "AdamW, no clipping, decay");
+    memset(&d, 0, sizeof d);
+    d.beta1 = 0.8; d.beta2 = 0.95; d.eps = 1e-3; d.max_grad_norm = 3.5;  run_against_reference(&d, 0.1, "AdamW, other constants");
+}
+
+static void test_sgd(void)
+{
+    mft_optimizer_desc d;
+    memset(&d, 0, sizeof d);
+    d.kind = MFT_SGD;                                        run_against_reference(&d, 1, "SGD, clipped");
+    d.max_grad_norm = -1; d.weight_decay = 0.1;              run_against_reference(&d, 1, "SGD, decay");
+    d.momentum = 0.9;                                        run_against_reference(&d, 1, "SGD, momentum");
+}
+
+/* torch 2.13: optim.AdamW(lr 1e-2, weight_decay 0.1), three steps; parameters after each. Made by
+ *   p = torch.tensor([0.5, -1.25, 3.0]); g = [[0.1, -2.0, 0.0], [0.3, 0.0, 1e-4], [-0.2, 0.5, 1e-8]] */
+static void test_adamw_torch(void)
+{
+    static const float grads[3][3] = { { 0.1f, -2.0f, 0.0f }, { 0.3f, 0.0f, 1e-4f }, { -0.2f, 0.5f, 1e-8f } };
+    static const float want[3][3] = { { 0.489500016f, -1.23874998f, 2.99699998f }, { 0.479832709f, -1.23081064f, 2.98656273f }, { 0.476773858f, -1.22610605f, 2.97782445f } };
+    mft_context *ctx;
+    int          row;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        int64_t        s[1] = { 3 };
+        mft_tensor    *p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+        mft_optimizer *opt;
+        mft_optimizer_desc d;
+        int            i, k;
+        memset(&d, 0, sizeof d);
+        d.weight_decay = 0.1; d.max_grad_norm = -1;
+        ((float *)p->data)[0] = 0.5f; ((float *)p->data)[1] = -1.25f; ((float *)p->data)[2] = 3.0f;
+        p->trainable = 1;
+        CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &opt) == MFT_OK);
+        for (k = 0; k < 3; k++) {
+            give_gradient(ctx, p, grads[k]);
+            CHECK(mft_optimizer_step(opt, 1e-2, NULL) == MFT_OK);
+            for (i = 0; i < 3; i++) CHECK_MSG(fabs(((float *)p->data)[i] - want[k][i]) < 2.5e-7, "row %s, step %d: %.9g, not %.9g", mft_kernels_name(ctx), k, (double)((float *)p->data)[i], (double)want[k][i]);
+        }
+        mft_context_destroy(ctx);
+    }
+}
+
+/* The 1e-6 that torch adds to the norm shows where the norm is small. */
+static void test_clip_small_norms(void)
+{
+    mft_context   *ctx = context_of_row(0);
+    int64_t        s[1] = { 3 };
+    mft_tensor    *p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+    mft_optimizer *opt;
+    mft_optimizer_desc d;
+    float          g[3] = { 3e-6f, 4e-6f, 0 };
+    memset(&d, 0, sizeof d);
+    d.kind = MFT_SGD; d.max_grad_norm = 1e-6;
+    p->trainable = 1;
+    CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &opt) == MFT_OK);
+    give_gradient(ctx, p, g);
+    CHECK(mft_optimizer_step(opt, 1, NULL) == MFT_OK);
+    CHECK(fabs(((float *)p->data)[0] / -5e-7 - 1) < 1e-6 && fabs(((float *)p->data)[1] / (-4e-6 / 6) - 1) < 1e-6);      /* 1 / (5 + 1) */
+    mft_context_destroy(ctx);
+}
+
+/* ---- what a refused step leaves alone ---- */
+static void test_not_finite(void)
+{
+    mft_context *ctx;
+    int          row;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        static const float bad[3] = { NAN, INFINITY, -INFINITY };
+        int64_t        s[1] = { 37 };
+        mft_tensor    *p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s), *state[4] = { NULL, NULL, NULL, NULL };
+        mft_optimizer *opt;
+        float          g[37], before[3][37], after[37];
+        double         norm = 0;
+        int            i, k, n;
+        uint32_t       seed = 5;
+        p->trainable = 1;
+        p->name = "w";
+        for (i = 0; i < 37; i++) { ((float *)p->data)[i] = test_random(&seed); g[i] = test_random(&seed); }
+        CHECK(mft_optimizer_create(ctx, NULL, &p, NULL, 1, &opt) == MFT_OK);
+        give_gradient(ctx, p, g);
+        CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK);
+        n = mft_optimizer_state(opt, state, 4);
+        CHECK(n == 3 && strcmp(state[0]->name, "w.exp_avg") == 0 && strcmp(state[1]->name, "w.exp_avg_sq") == 0 && strcmp(state[2]->name, "step") == 0);
+        for (k = 0; k < 3; k++) {
+            memcpy(before[0], p->data, sizeof before[0]); memcpy(before[1], state[0]->data, sizeof before[1]); memcpy(before[2], state[1]->data, sizeof before[2]);
+            g[17] = bad[k];
+            for (i = 0; i < 37; i++) ((float *)p->grad->data)[i] = 0;
+            mft_optimizer_zero_grad(opt);
+            give_gradient(ctx, p, g);
+            memcpy(after, p->grad->data, sizeof after);
+            CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_ERR_NOT_FINITE);
+            CHECK(!(norm < 1e30));                              /* it is told */
+            CHECK(strlen(mft_error_message(ctx)) > 10);
+            CHECK(memcmp(before[0], p->data, sizeof before[0]) == 0 && memcmp(before[1], state[0]->data, sizeof before[1]) == 0 && memcmp(before[2], state[1]->data, sizeof before[2]) == 0);
+            CHECK(memcmp(after, p->grad->data, sizeof after) == 0);
+            CHECK(*(int64_t *)state[2]->data == 1);
+        }
+        mft_optimizer_zero_grad(opt);                           /* and on it goes */
+        g[17] = 0;
+        give_gradient(ctx, p, g);
+        CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK && *(int64_t *)state[2]->data == 2);
+        for (i = 0; i < 37; i++) CHECK(fabs(((float *)p->data)[i]) < 2);
+        mft_context_destroy(ctx);
+    }
+}
+
+/* The largest and smallest gradients: squares that would leave a float do not. */
+static void test_extreme_gradients(void)
+{
+    mft_context *ctx;
+    int          row;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        int64_t        s[1] = { 37 };
+        mft_tensor    *p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+        mft_optimizer *opt;
+        float          g[37];
+        double         norm = 0;
+        int            i, k;
+        p->trainable = 1;
+        CHECK(mft_optimizer_create(ctx, NULL, &p, NULL, 1, &opt) == MFT_OK);
+        for (k = 0; k < 2; k++) {
+            for (i = 0; i < 37; i++) g[i] = k ? 1e-30f : 1e30f;
+            give_gradient(ctx, p, g);
+            CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK);
+            CHECK_MSG(fabs(norm / ((double)g[0] * sqrt(37.0)) - 1) < 1e-9, "%g", norm);
+            for (i = 0; i < 37; i++) CHECK(fabs(((float *)p->data)[i]) < 0.1);
+        }
+        mft_context_destroy(ctx);
+    }
+}
+
+/* ---- gradients count as zeros after a step; a parameter nothing reached is left alone ---- */
+static void test_zeroed(void)
+{
+    mft_context   *ctx = context_of_row(0);
+    int64_t        s[1] = { 5 };
+    mft_tensor    *p[2], *state[5] = { NULL, NULL, NULL, NULL, NULL };
+    mft_optimizer *opt;
+    mft_optimizer_desc d;
+    float          g[5] = { 1, 1, 1, 1, 1 };
+    double         norm;
+    int            i;
+    p[0] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s); p[1] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+    p[0]->trainable = p[1]->trainable = 1;
+    for (i = 0; i < 5; i++) ((float *)p[1]->data)[i] = 2;
+    memset(&d, 0, sizeof d);
+    d.weight_decay = 0.1; d.max_grad_norm = -1;
+    CHECK(mft_optimizer_create(ctx, &d, p, NULL, 2, &opt) == MFT_OK);
+    give_gradient(ctx, p[0], g);
+    CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK && fabs(norm - sqrt(5.0)) < 1e-12);
+    for (i = 0; i < 5; i++) CHECK(((float *)p[1]->data)[i] == 2);       /* torch: no gradient, no decay */
+    CHECK(mft_optimizer_state(opt, state, 5) == 5);
+    CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK && norm == 0);
+    for (i = 0; i < 5; i++) CHECK(fabs(((float *)state[0]->data)[i] - 0.09) < 1e-8);     /* 0.1, times 0.9 */
+    give_gradient(ctx, p[0], g);
+    give_gradient(ctx, p[0], g);                                /* two backward passes add up */
+    CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK && fabs(norm - sqrt(20.0)) < 1e-12);
+    give_gradient(ctx, p[0], g);
+    mft_optimizer_zero_grad(opt);
+    CHECK(mft_optimizer_step(opt, 0.01, &norm) == MFT_OK && norm == 0);
+    CHECK(mft_optimizer_step(NULL, 0.01, &norm) == MFT_ERR_INVALID_ARGUMENT && mft_optimizer_state(NULL, state, 5) == 0);
+    mft_optimizer_zero_grad(NULL); mft_optimizer_destroy(NULL);
+    mft_context_destroy(ctx);
+}
+
+/* ---- 6 steps = 3 steps, state into another optimizer, 3 steps: bit for bit ---- */
+static void test_resume(void)
+{
+    mft_context *ctx;
+    int          row, kind;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        mft_context_destroy(ctx);
+        for (kind = 0; kind < 2; kind++) {
+            float    result[2][41];
+            int      run;
+            for (run = 0; run < 2; run++) {
+                int64_t        s[1] = { 41 };
+                mft_tensor    *p;
+                mft_optimizer *opt, *next;
+                mft_optimizer_desc d;
+                uint32_t       seed = 2;
+                float          g[41];
+                int            i, step, k, n;
+                ctx = context_of_row(row);
+                p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+                p->trainable = 1;
+                memset(&d, 0, sizeof d);
+                d.kind = kind ? MFT_SGD : MFT_ADAMW; d.momentum = 0.9; d.weight_decay = 0.01;
+                for (i = 0; i < 41; i++) ((float *)p->data)[i] = test_random(&seed);
+                CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &opt) == MFT_OK);
+                for (step = 0; step < 6; step++) {
+                    if (run && step == 3) {
+                        mft_tensor *from[4], *to[4];
+                        CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &next) == MFT_OK);
+                        n = mft_optimizer_state(opt, from, 4);
+                        CHECK(n == (kind ? 2 : 3) && mft_optimizer_state(next, to, 4) == n);
+                        CHECK(mft_optimizer_state(opt, to, 1) == n && mft_optimizer_state(opt, NULL, 0) == n);      /* the full count */
+                        mft_optimizer_state(next, to, 4);
+                        for (k = 0; k < n; k++) { CHECK(strcmp(from[k]->name, to[k]->name) == 0); CHECK(mft_tensor_copy(ctx, to[k], from[k]) == MFT_OK); }
+                        mft_optimizer_destroy(opt);
+                        opt = next;
+                    }
+                    for (i = 0; i < 41; i++) g[i] = test_random(&seed);
+                    give_gradient(ctx, p, g);
+                    CHECK(mft_optimizer_step(opt, 0.01, NULL) == MFT_OK);
+                }
+                memcpy(result[run], p->data, sizeof result[run]);
+                mft_context_destroy(ctx);
+            }
+            CHECK_MSG(memcmp(result[0], result[1], sizeof result[0]) == 0, "row %d, kind %d", row, kind);
+        }
+    }
+}
+
+static void test_create_refusals(void)
+{
+    mft_context   *ctx = context_of_row(0);
+    int64_t        s[1] = { 5 };
+    mft_tensor    *held = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s), *half = mft_tensor_create(ctx, MFT_HELD, MFT_F16, 1, s),
+                  *step = mft_tensor_create(ctx, MFT_STEP, MFT_F32, 1, s), *none = NULL;
+    mft_optimizer *opt = (mft_optimizer *)(void *)ctx;
+    CHECK(mft_optimizer_create(ctx, NULL, &held, NULL, 0, &opt) == MFT_ERR_INVALID_ARGUMENT && opt == NULL);
+    CHECK(mft_optimizer_create(ctx, NULL, &half, NULL, 1, &opt) == MFT_ERR_INVALID_ARGUMENT && opt == NULL);
+    CHECK(mft_optimizer_create(ctx, NULL, &step, NULL, 1, &opt) == MFT_ERR_INVALID_ARGUMENT && opt == NULL);
+    CHECK(mft_optimizer_create(ctx, NULL, &none, NULL, 1, &opt) == MFT_ERR_INVALID_ARGUMENT && opt == NULL);
+    CHECK(mft_optimizer_create(ctx, NULL, NULL, NULL, 1, &opt) == MFT_ERR_INVALID_ARGUMENT && opt == NULL);
+    CHECK(mft_optimizer_create(NULL, NULL, &held, NULL, 1, &opt) == MFT_ERR_INVALID_ARGUMENT);
+    CHECK(mft_optimizer_create(ctx, NULL, &held, NULL, 1, NULL) == MFT_ERR_INVALID_ARGUMENT);
+    mft_context_destroy(ctx);
+}
+
+/* Two parameters without a name must not end up as one in a saved state. */
+static void test_state_names(void)
+{
+    mft_context   *ctx = context_of_row(0);
+    int64_t        s[1] = { 5 };
+    mft_tensor    *p[3], *state[7] = { NULL, NULL, NULL, NULL, NULL, NULL, NULL };
+    mft_optimizer *opt;
+    int            i, k, n;
+    for (i = 0; i < 3; i++) p[i] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
+    p[2]->name = "base_model.model.model.layers.10.self_attn.q_proj.lora_A.weight";
+    CHECK(mft_optimizer_create(ctx, NULL, p, NULL, 3, &opt) == MFT_OK);
+    n = mft_optimizer_state(opt, state, 7);
+    CHECK(n == 7);
+    for (i = 0; i < n; i++) for (k = 0; k < i; k++) CHECK_MSG(strcmp(state[i]->name, state[k]->name) != 0, "%s", state[i]->name);
+    CHECK(strcmp(state[4]->name, "base_model.model.model.layers.10.self_attn.q_proj.lora_A.weight.exp_avg") == 0);
+    mft_context_destroy(ctx);
+}
+
+/* ---- schedules: transformers' formulas, written out ---- */
+static void test_schedules(void)
+{
+    int64_t warm, total, s;
+    double  worst = 0;
+    for (warm = 0; warm <= 20; warm += 5) for (total = 20; total <= 1000020; total += 500000) for (s = 0; s < total + 3; s += s < 40 || s > total - 5 ? 1 : total / 97) {
+        double peak = 3e-4, low = warm == 10 ? 1e-5 : 0, want, p;
+        double linear, cosine, constant;
+        if (s < warm) linear = cosine = constant = peak * (double)s / (double)(warm > 1 ? warm : 1);
+        else {
+            constant = peak;
+            p = (double)(total - s) / (double)(total - warm > 1 ? total - warm : 1);
+            linear = low + (peak - low) * (p > 0 ? p : 0);
+            p = s > total ? 1 : (double)(s - warm) / (double)(total - warm > 1 ? total - warm : 1);
+            cosine = low + (peak - low) * 0.5 * (1 + cos(acos(-1.0) * p));
+        }
+        want = mft_schedule(MFT_SCHEDULE_CONSTANT, peak, low, warm, total, s); if (!(fabs(want - constant) <= worst)) worst = fabs(want - constant);
+        want = mft_schedule(MFT_SCHEDULE_LINEAR,   peak, low, warm, total, s); if (!(fabs(want - linear)   <= worst)) worst = fabs(want - linear);
+        want = mft_schedule(MFT_SCHEDULE_COSINE,   peak, low, warm, total, s); if (!(fabs(want - cosine)   <= worst)) worst = fabs(want - cosine);
+        CHECK(want >= 0 && want <= peak);
+    }
+    CHECK_MSG(worst < 1e-16, "%g", worst);                      /* of 3e-4. seen: 1.1e-19 */
+    CHECK(mft_schedule(MFT_SCHEDULE_LINEAR, 1, 0, 3, 10, 0) == 0);
+    CHECK(mft_schedule(MFT_SCHEDULE_COSINE, 1, 0, 0, 0, 0) == 1);       /* no length: the peak */
+    CHECK(mft_schedule(MFT_SCHEDULE_LINEAR, 1, 0.25, 0, 10, 1000000) == 0.25);
+}
+
+int main(void)
+{
+    TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_clip_small_norms);
+    TEST(test_not_finite); TEST(test_extreme_gradients); TEST(test_zeroed); TEST(test_resume);
+    TEST(test_create_refusals); TEST(test_state_names); TEST(test_schedules);
+    return test_report("optimizer");
+}
