@@ -150,6 +150,8 @@ MFT_API mft_status mft_safetensors_write_begin (mft_context *ctx, const char *pa
                                                 const char *const *metadata, mft_safetensors_writer **out);
 /* The bytes of specs[index], converted to its dtype as mft_safetensors_read does. */
 MFT_API mft_status mft_safetensors_write_tensor(mft_safetensors_writer *w, int index, const mft_tensor *t);
+/* A piece of it: rows, along the first dimension, that follow those written before. */
+MFT_API mft_status mft_safetensors_write_rows  (mft_safetensors_writer *w, int index, const mft_tensor *t);
 /* Puts the file in its place and ends the writer, also when it fails (IO; INVALID_ARGUMENT: a tensor
  * was never written; or the first failure of mft_safetensors_write_tensor). */
 MFT_API mft_status mft_safetensors_write_commit(mft_safetensors_writer *w);
@@ -2432,7 +2434,7 @@ MFT_API mft_status mft_safetensors_open(mft_context *ctx, const char *path, mft_
 typedef struct mft__write_entry {
     mft_safetensors_spec spec;              /* its name in the writer's memory                         */
     uint64_t at, bytes;                     /* in the file                                             */
-    int      written;
+    int64_t  rows, written;                 /* along the first dimension; a scalar has one */
 } mft__write_entry;
 
 struct mft_safetensors_writer {
@@ -2521,6 +2523,7 @@ static mft_status mft__write_specs(mft_safetensors_writer *w, const char *path, 
             return mft__tensor_fail(ctx, MFT_ERR_INVALID_ARGUMENT, path, e->spec.name, "%s", why);
         }
         e->bytes = size;
+        e->rows = e->spec.ndim ? e->spec.shape[0] : 1;
     }
     return MFT_OK;
 }
@@ -2615,22 +2618,24 @@ MFT_API mft_status mft_safetensors_write_begin(mft_context *ctx, const char *pat
     return MFT_OK;
 }
 
-static mft_status mft__write_tensor(mft_safetensors_writer *w, mft__write_entry *e, const mft_tensor *t)
+/* The next rows of e; whole: all of them at once. */
+static mft_status mft__write_rows(mft_safetensors_writer *w, mft__write_entry *e, const mft_tensor *t, int whole)
 {
     mft__piece  in, out;
     const char *path = w->file.path;
-    int64_t     i, total = mft_tensor_numel(t), done;
-    int         k, same = e->spec.ndim == t->ndim;
+    int64_t     i, total = mft_tensor_numel(t), done, rows = t->ndim ? t->shape[0] : 1;
+    int         k, same = e->spec.ndim == t->ndim && (!whole || rows == e->rows);
+    uint64_t    row_bytes = e->bytes / (uint64_t)e->rows, at = e->at + row_bytes * (uint64_t)e->written;
     mft_status  s;
 
-    for (k = 0; same && k < t->ndim; k++) same = e->spec.shape[k] == t->shape[k];
-    if (e->written) return mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, path, e->spec.name, "is written a second time");
+    for (k = 1; same && k < t->ndim; k++) same = e->spec.shape[k] == t->shape[k];
     if (!same || !t->data) return mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, path, e->spec.name, "%s", same ? "has no data" : "has not the announced shape");
+    if (rows > e->rows - e->written) return mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, path, e->spec.name, "is written a second time");
     if (!mft__converts(t->dtype, e->spec.dtype))
         return mft__tensor_fail(w->ctx, MFT_ERR_UNSUPPORTED, path, e->spec.name, "is %s, which does not convert to %s", mft_dtype_name(t->dtype), mft_dtype_name(e->spec.dtype));
-    e->written = 1;
-    s = mft__writer_seek(&w->file, e->at);
-    if (s == MFT_OK && t->dtype == e->spec.dtype && mft__is_contiguous(t)) return mft__writer_put(&w->file, t->data, (size_t)e->bytes);
+    e->written += rows;
+    s = mft__writer_seek(&w->file, at);
+    if (s == MFT_OK && t->dtype == e->spec.dtype && mft__is_contiguous(t)) return mft__writer_put(&w->file, t->data, (size_t)(row_bytes * (uint64_t)rows));
     for (i = 0; i < total && s == MFT_OK; i += MFT__PIECE) {
         int64_t n = total - i < MFT__PIECE ? total - i : (int64_t)MFT__PIECE;
         mft__strided(t, i, n, in.bytes, 1);
@@ -2641,15 +2646,18 @@ static mft_status mft__write_tensor(mft_safetensors_writer *w, mft__write_entry 
     return s;
 }
 
-MFT_API mft_status mft_safetensors_write_tensor(mft_safetensors_writer *w, int index, const mft_tensor *t)
+static mft_status mft__write_piece(mft_safetensors_writer *w, int index, const mft_tensor *t, int whole)
 {
     mft_status s;
     if (!w || !t) return MFT_ERR_INVALID_ARGUMENT;
     if (index < 0 || index >= w->n) return mft__fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, "%s: there is no tensor %d of %d", mft__path(w->file.path), index, w->n);
-    s = mft__write_tensor(w, &w->entries[index], t);
+    s = mft__write_rows(w, &w->entries[index], t, whole);
     if (w->status == MFT_OK) w->status = s;
     return s;
 }
+
+MFT_API mft_status mft_safetensors_write_tensor(mft_safetensors_writer *w, int index, const mft_tensor *t) { return mft__write_piece(w, index, t, 1); }
+MFT_API mft_status mft_safetensors_write_rows  (mft_safetensors_writer *w, int index, const mft_tensor *t) { return mft__write_piece(w, index, t, 0); }
 
 MFT_API mft_status mft_safetensors_write_commit(mft_safetensors_writer *w)
 {
@@ -2658,7 +2666,8 @@ MFT_API mft_status mft_safetensors_write_commit(mft_safetensors_writer *w)
     if (!w) return MFT_ERR_INVALID_ARGUMENT;
     s = w->status;
     for (i = 0; i < w->n && s == MFT_OK; i++)
-        if (!w->entries[i].written) s = mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, w->file.path, w->entries[i].spec.name, "was never written");
+        if (w->entries[i].written < w->entries[i].rows)
+            s = mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, w->file.path, w->entries[i].spec.name, w->entries[i].written ? "lacks rows" : "was never written");
     if (s == MFT_OK) {
         s = mft__writer_commit(&w->file);
         w->begun = 0;

@@ -348,6 +348,8 @@ static void test_other_commands(void)
 
     CHECK(run("inspect @/q --json") == 0);
     CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && !strcmp(mft_json_string(mft_json_get(j, "family"), NULL), "qwen2") && number(j, "vocab_size") == 430);
+    CHECK(mft_json_count(mft_json_get(j, "layer_types")) == (size_t)number(j, "n_layer") && mft_json_count(mft_json_get(j, "files")) >= 3);
+    CHECK(number(mft_json_get(mft_json_get(j, "plan"), "bytes"), "total") > number(mft_json_get(mft_json_get(j, "plan"), "bytes"), "weights_mapped"));
     mft_json_destroy(j);
     CHECK(run("inspect @/adapter --json") == 0);
     CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && number(j, "r") == 4);
@@ -356,7 +358,15 @@ static void test_other_commands(void)
     CHECK(mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK && mft_json_count(mft_json_get(j, "tensors")) == 28);
     mft_json_destroy(j);
     CHECK(run("inspect @/q") == 0 && strstr(out, "qwen2") && strstr(out, "LoRA") && strstr(out, "memory plan"));
+    CHECK(strstr(out, "model.layers.*.self_attn.q_proj.weight") && strstr(out, "tokenizer.json"));
     CHECK(run("inspect @/adapter") == 0 && strstr(out, "rank 4"));
+
+    CHECK(run("bench --model tests/golden/qwen2 --seq-len 12 --max-steps 2 --threads 1 --json") == 0);
+    j = one_object(out, "row threads precision peak_gflops bandwidth_gb_per_s results");
+    CHECK(number(j, "peak_gflops") > 0 && mft_json_count(mft_json_get(j, "results")) == 1);
+    CHECK(number(mft_json_at(mft_json_get(j, "results"), 0, NULL), "tokens_per_second") > 0);
+    mft_json_destroy(j);
+    expect("bench everything", 2, "kernels, ops, steps");
 
     CHECK(run("init --config @/config.json --seed 3 --output @/q2 --json") == 0);
     mft_json_destroy(one_object(out, "output"));

@@ -725,6 +725,24 @@ static void test_writer(void)
     CHECK(mft_safetensors_write_begin(ctx, path, specs, 4, NULL, &w) == MFT_OK);
     mft_safetensors_write_abort(w);
     mft_safetensors_write_abort(NULL);
+
+    a->shape[0] = 300;                                                   /* in pieces: 300 + 300 + 100 rows, one of them converted */
+    CHECK(mft_safetensors_write_begin(ctx, path, specs, 1, NULL, &w) == MFT_OK && mft_safetensors_write_rows(w, 0, a) == MFT_OK);
+    CHECK(mft_safetensors_write_tensor(w, 0, a) == MFT_ERR_INVALID_ARGUMENT);
+    mft_safetensors_write_abort(w);
+    CHECK(mft_safetensors_write_begin(ctx, path, specs, 1, NULL, &w) == MFT_OK && mft_safetensors_write_rows(w, 0, a) == MFT_OK);
+    CHECK(mft_safetensors_write_commit(w) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(ctx), "lacks rows"));
+    CHECK(mft_safetensors_write_begin(ctx, path, specs, 1, NULL, &w) == MFT_OK && mft_safetensors_write_rows(w, 0, a) == MFT_OK);
+    b->shape[0] = 300;
+    CHECK(mft_safetensors_write_rows(w, 0, b) == MFT_OK);
+    a->shape[0] = 100;
+    CHECK(mft_safetensors_write_rows(w, 0, a) == MFT_OK && mft_safetensors_write_rows(w, 0, a) == MFT_ERR_INVALID_ARGUMENT);
+    mft_safetensors_write_abort(w);
+    CHECK(mft_safetensors_write_begin(ctx, path, specs, 1, NULL, &w) == MFT_OK);
+    for (i = 0; i < 7; i++) CHECK(mft_safetensors_write_rows(w, 0, a) == MFT_OK);
+    CHECK(mft_safetensors_write_commit(w) == MFT_OK && mft_safetensors_open(ctx, path, &st) == MFT_OK);
+    for (i = 0; i < 2100; i++) CHECK(((const float *)mft_safetensors_map(st, mft_safetensors_find(st, "late")))[i] == value(i % 300));
+    mft_safetensors_close(st);
     CHECK(open_status(path) == MFT_OK && sweep(room, ".tmp-", 0) == 0);  /* the old file is still there, nothing else */
 
     a->shape[0] = 699;

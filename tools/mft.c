@@ -5,7 +5,7 @@
  *   sentence), 2 wrong usage, 130 interrupted.
  *
  *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [GENERATE] [TOKENIZE] [LOGITS]
- *           [INSPECT] [MERGE] [INIT] [MAIN] */
+ *           [INSPECT] [MERGE] [INIT] [BENCH] [MAIN] */
 #define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
@@ -15,7 +15,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
+
+#include "bench.h"
 
 /* ==============================================================================
  * MARK: - [FLAGS] One table, read for every command
@@ -518,7 +521,7 @@ static void print_plan(const mft_plan *p, int json)
     if (json) {
         printf("{");
         for (i = 0; i < 8; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
-        printf("\"grad_checkpointing\":%s}\n", p->grad_checkpointing ? "true" : "false");
+        printf("\"grad_checkpointing\":%s}", p->grad_checkpointing ? "true" : "false");
         return;
     }
     printf("memory plan, MB\n");
@@ -646,6 +649,7 @@ static int run_finetune(const options *given)
         mft_plan plan;
         if ((status = mft_trainer_plan(tr, 0, 0, &plan)) != MFT_OK) goto failed;
         print_plan(&plan, o.json);
+        if (o.json) printf("\n");
         goto done;
     }
     v.quiet = o.json && !isatty(2); v.terminal = isatty(2); v.total = steps;
@@ -892,51 +896,48 @@ done:
  * MARK: - [LOGITS]
  * ============================================================================== */
 
-/* `logits` [N, T, V] f32 of N rows of T tokens, held whole until it is saved. */
+/* `logits` [N, T, V] f32 of N rows of T tokens, written row by row. */
 static int run_logits(const options *o)
 {
-    session    s;
-    int32_t   *ids = NULL;
-    int64_t    n = 0, rows, seq = o->seq_len, i, shape[3];
-    FILE      *f = NULL;
-    mft_status status;
-    int        exit_status, was;
+    session                 s;
+    int32_t                *ids = NULL;
+    int64_t                 n = 0, seq = o->seq_len, i;
+    mft_safetensors_spec    spec;
+    mft_safetensors_writer *w = NULL;
+    mft_status              status;
+    int                     exit_status;
 
     if (!need("logits", "model", o->model) || !need("logits", "tokens", o->tokens) || !need("logits", "output", o->output)) return 2;
     exit_status = open_session(o, &s);
     if (exit_status) return exit_status;
     if ((status = load_model(o, &s, NULL)) != MFT_OK) goto failed;
-    if (!(ids = read_tokens(o->tokens, mft_model_get_config(s.model)->vocab_size, &n))) { exit_status = 1; goto done; }
-    rows = n / seq;
-    if (!rows || n % seq) { fprintf(stderr, "mft logits: %s holds %lld tokens, which are no rows of %lld\n", o->tokens, (long long)n, (long long)seq); exit_status = 1; goto done; }
-    {
-        mft_tensor *all;
-        shape[0] = rows; shape[1] = seq; shape[2] = mft_model_get_config(s.model)->vocab_size;
-        all = mft_tensor_create(s.ctx, MFT_HELD, MFT_F32, 3, shape);
-        if (!all) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
-        all->name = "logits";
-        was = mft_grad_enable(s.ctx, 0);
-        for (i = 0; i < rows; i++) {
-            mft_batch   b;
-            mft_tensor *y;
-            memset(&b, 0, sizeof b);
-            b.input_ids = ids + i * seq; b.batch = 1; b.seq = (int)seq;
-            y = mft_model_forward(s.model, &b);
-            if (!y) { status = mft_backward(s.ctx, NULL); mft_step_reset(s.ctx); goto failed; }
-            memcpy((float *)all->data + i * seq * shape[2], y->data, (size_t)(seq * shape[2]) * sizeof(float));
-            mft_step_reset(s.ctx);
-        }
-        mft_grad_enable(s.ctx, was);
-        if ((status = mft_safetensors_save(s.ctx, o->output, &all, 1, NULL)) != MFT_OK) goto failed;
+    memset(&spec, 0, sizeof spec);
+    spec.name = "logits"; spec.dtype = MFT_F32; spec.ndim = 3;
+    spec.shape[2] = mft_model_get_config(s.model)->vocab_size;
+    if (!(ids = read_tokens(o->tokens, spec.shape[2], &n))) { exit_status = 1; goto done; }
+    spec.shape[0] = n / seq; spec.shape[1] = seq;
+    if (!spec.shape[0] || n % seq) { fprintf(stderr, "mft logits: %s holds %lld tokens, which are no rows of %lld\n", o->tokens, (long long)n, (long long)seq); exit_status = 1; goto done; }
+    if ((status = mft_safetensors_write_begin(s.ctx, o->output, &spec, 1, NULL, &w)) != MFT_OK) goto failed;
+    mft_grad_enable(s.ctx, 0);
+    for (i = 0; i < spec.shape[0] && status == MFT_OK; i++) {
+        mft_batch   b;
+        mft_tensor *y;
+        memset(&b, 0, sizeof b);
+        b.input_ids = ids + i * seq; b.batch = 1; b.seq = (int)seq;
+        y = mft_model_forward(s.model, &b);
+        status = y ? mft_safetensors_write_rows(w, 0, y) : mft_backward(s.ctx, NULL);
+        mft_step_reset(s.ctx);
     }
-    if (o->json) { printf("{\"shape\":[%lld,%lld,%lld],\"output\":", (long long)shape[0], (long long)shape[1], (long long)shape[2]); json_string(stdout, o->output); printf("}\n"); }
-    else printf("logits [%lld, %lld, %lld] in %s\n", (long long)shape[0], (long long)shape[1], (long long)shape[2], o->output);
+    if (status == MFT_OK) status = mft_safetensors_write_commit(w);
+    else mft_safetensors_write_abort(w);
+    if (status != MFT_OK) goto failed;
+    if (o->json) { printf("{\"shape\":[%lld,%lld,%lld],\"output\":", (long long)spec.shape[0], (long long)seq, (long long)spec.shape[2]); json_string(stdout, o->output); printf("}\n"); }
+    else printf("logits [%lld, %lld, %lld] in %s\n", (long long)spec.shape[0], (long long)seq, (long long)spec.shape[2], o->output);
     goto done;
 failed:
     exit_status = fail(&s, status);
 done:
     free(ids);
-    if (f) fclose(f);
     return close_session(&s, exit_status);
 }
 
@@ -984,9 +985,93 @@ static void dtype_summary(mft_safetensors *st, char *text, size_t cap)
         used += (size_t)snprintf(text + used, cap - used, kinds > 1 ? "%s%s (x%llu)" : "%s%s", k ? ", " : "", names[k], (unsigned long long)counts[k]);
 }
 
+/* A tensor's name with the layer's number as '*': what is alike in all layers has one such name. */
+static void name_pattern(const char *name, char *text, size_t cap)
+{
+    size_t n = 0;
+    while (*name && n + 2 < cap) {
+        if (n && text[n - 1] == '.' && *name >= '0' && *name <= '9') {
+            while (*name >= '0' && *name <= '9') name++;
+            text[n++] = '*';
+        } else text[n++] = *name++;
+    }
+    text[n] = '\0';
+}
+
+/* One line for all tensors that differ only in their layer. */
+static void print_tensor_kinds(mft_safetensors *st)
+{
+    size_t i, k, n;
+    const mft_safetensors_entry *e = mft_safetensors_entries(st, &n);
+    for (i = 0; i < n; i++) {
+        char   mine[256], other[256];
+        size_t alike = 1;
+        name_pattern(e[i].name, mine, sizeof mine);
+        for (k = 0; k < i; k++) {           /* was it counted with an earlier one? */
+            name_pattern(e[k].name, other, sizeof other);
+            if (!strcmp(mine, other) && !strcmp(e[k].dtype_name, e[i].dtype_name) && e[k].ndim == e[i].ndim && !memcmp(e[k].shape, e[i].shape, sizeof e[i].shape)) break;
+        }
+        if (k < i) continue;
+        for (k = i + 1; k < n; k++) {
+            name_pattern(e[k].name, other, sizeof other);
+            alike += !strcmp(mine, other) && !strcmp(e[k].dtype_name, e[i].dtype_name) && e[k].ndim == e[i].ndim && !memcmp(e[k].shape, e[i].shape, sizeof e[i].shape);
+        }
+        printf("  %-52s", mine);
+        if (alike > 1) printf(" x%-4llu", (unsigned long long)alike); else printf("      ");
+        printf(" %-5s [", e[i].dtype_name);
+        for (k = 0; k < (size_t)e[i].ndim; k++) printf("%s%lld", k ? ", " : "", (long long)e[i].shape[k]);
+        printf("]%s%s\n", e[i].problem ? "  " : "", e[i].problem ? e[i].problem : "");
+    }
+}
+
+/* The files of a snapshot that mft reads, with their sizes. */
+static void print_files(mft_context *ctx, const char *dir, mft_safetensors *st, int json)
+{
+    static const char *const names[] = { "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+                                         "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja" };
+    const int   n_names = (int)(sizeof names / sizeof *names);
+    const char *shard;
+    int         i, first = 1;
+    for (i = 0; i < n_names || (shard = mft_safetensors_shard_path(st, i - n_names)) != NULL; i++) {
+        char       *joined = i < n_names ? mft__path_join(ctx, dir, names[i]) : NULL;
+        const char *path = joined ? joined : i < n_names ? "" : shard, *name = strrchr(path, '/');
+        struct stat info;
+        name = name ? name + 1 : path;
+        if (stat(path, &info) == 0) {
+            if (json) { printf("%s{\"name\":", first ? "" : ","); json_string(stdout, name); printf(",\"bytes\":%lld}", (long long)info.st_size); }
+            else printf("  %-52s %12lld bytes\n", name, (long long)info.st_size);
+            first = 0;
+        }
+        mft__strfree(ctx, joined);
+    }
+}
+
+static void print_model_json(session *s, const options *o, const mft_model_config *c, mft_safetensors *st, const char *dtypes, const mft_plan *plan)
+{
+    int i;
+    printf("{\"kind\":\"model\",\"family\":\"%s\",\"model_type\":", mft_family_name(c->family));
+    json_string(stdout, c->model_type);
+    printf(",\"parameters\":%lld,\"vocab_size\":%lld,\"hidden_size\":%lld,\"intermediate_size\":%lld,\"n_layer\":%d,\"n_head\":%d,\"n_kv_head\":%d,\"head_dim\":%d,\"max_position\":%lld,",
+           (long long)c->n_params, (long long)c->vocab_size, (long long)c->hidden_size, (long long)c->intermediate_size, c->n_layer, c->n_head, c->n_kv_head, c->head_dim, (long long)c->max_position);
+    printf("\"sliding_window\":%d,\"layer_types\":[", c->sliding_window);
+    for (i = 0; i < c->n_layer; i++) printf("%s\"%s\"", i ? "," : "", c->layer_slides && c->layer_slides[i] && c->sliding_window ? "sliding_attention" : "full_attention");
+    printf("],\"tied_embeddings\":%s,\"dtypes\":", c->tied_embeddings ? "true" : "false");
+    json_string(stdout, dtypes);
+    printf(",\"lora_targets\":\"%s\",\"tokenizer\":", mft_family_lora_targets(c->family));
+    if (s->tok) json_string(stdout, mft_tokenizer_kind(s->tok)); else printf("null");
+    printf(",\"chat_template\":%s,\"files\":[", s->tok && mft_tokenizer_chat_template(s->tok) ? "true" : "false");
+    print_files(s->ctx, o->path, st, 1);
+    printf("],\"plan\":{\"batch_size\":1,\"seq_len\":%lld,\"lora_rank\":8,\"bytes\":", (long long)o->seq_len);
+    print_plan(plan, 1);
+    printf("},");
+    print_tensors(st, 1);
+    printf("}\n");
+}
+
+/* Loaded as training would load it, by mapping: no weight is read. */
 static int inspect_model(session *s, const options *o)
 {
-    mft_model_config c;
+    const mft_model_config *c;
     mft_safetensors *st = NULL;
     mft_plan         plan;
     mft_model       *m = NULL;
@@ -994,37 +1079,30 @@ static int inspect_model(session *s, const options *o)
     mft_trainer_desc td;
     char             dtypes[128];
     mft_status       status;
-    if ((status = mft_model_inspect(s->ctx, o->path, &c)) != MFT_OK || (status = mft_safetensors_open(s->ctx, o->path, &st)) != MFT_OK
-        || (status = mft_model_load(s->ctx, o->path, NULL, &m)) != MFT_OK) return fail(s, status);
+    int              i, sliding = 0;
+    if ((status = mft_safetensors_open(s->ctx, o->path, &st)) != MFT_OK || (status = mft_model_load(s->ctx, o->path, NULL, &m)) != MFT_OK) return fail(s, status);
     dtype_summary(st, dtypes, sizeof dtypes);
     if (mft_tokenizer_load(s->ctx, o->path, &s->tok) != MFT_OK) s->tok = NULL;
     memset(&td, 0, sizeof td);
     if ((status = mft_lora_attach(m, NULL)) != MFT_OK || (status = mft_trainer_create(m, NULL, &td, &tr)) != MFT_OK
         || (status = mft_trainer_plan(tr, 1, (int)o->seq_len, &plan)) != MFT_OK) return fail(s, status);
-    if (o->json) {
-        printf("{\"kind\":\"model\",\"family\":\"%s\",\"model_type\":", mft_family_name(c.family));
-        json_string(stdout, c.model_type);
-        printf(",\"parameters\":%lld,\"vocab_size\":%lld,\"hidden_size\":%lld,\"intermediate_size\":%lld,\"n_layer\":%d,\"n_head\":%d,\"n_kv_head\":%d,\"head_dim\":%d,\"max_position\":%lld,\"sliding_window\":%d,\"tied_embeddings\":%s,\"dtypes\":",
-               (long long)c.n_params, (long long)c.vocab_size, (long long)c.hidden_size, (long long)c.intermediate_size, c.n_layer, c.n_head, c.n_kv_head, c.head_dim,
-               (long long)c.max_position, c.sliding_window, c.tied_embeddings ? "true" : "false");
-        json_string(stdout, dtypes);
-        printf(",\"lora_targets\":\"%s\",\"tokenizer\":", mft_family_lora_targets(c.family));
-        if (s->tok) json_string(stdout, mft_tokenizer_kind(s->tok)); else printf("null");
-        printf(",\"chat_template\":%s,", s->tok && mft_tokenizer_chat_template(s->tok) ? "true" : "false");
-        print_tensors(st, 1);
-        printf("}\n");
-        return 0;
-    }
-    printf("%s: a %s model\n", o->path, mft_family_name(c.family));
-    printf("  parameters      %lld%s\n", (long long)c.n_params, c.tied_embeddings ? " (the head is the embedding)" : "");
-    printf("  layers          %d of width %lld, inner %lld\n", c.n_layer, (long long)c.hidden_size, (long long)c.intermediate_size);
-    printf("  attention       %d heads of %d, %d for keys and values", c.n_head, c.head_dim, c.n_kv_head);
-    if (c.sliding_window) printf(", sliding window %d", c.sliding_window);
-    printf("\n  vocabulary      %lld, positions up to %lld\n", (long long)c.vocab_size, (long long)c.max_position);
+    c = mft_model_get_config(m);
+    if (o->json) { print_model_json(s, o, c, st, dtypes, &plan); return 0; }
+    printf("%s: a %s model\n", o->path, mft_family_name(c->family));
+    printf("  parameters      %lld%s\n", (long long)c->n_params, c->tied_embeddings ? " (the head is the embedding)" : " (with a head of its own)");
+    printf("  layers          %d of width %lld, inner %lld\n", c->n_layer, (long long)c->hidden_size, (long long)c->intermediate_size);
+    printf("  attention       %d heads of %d, %d for keys and values", c->n_head, c->head_dim, c->n_kv_head);
+    for (i = 0; c->sliding_window && i < c->n_layer; i++) sliding += c->layer_slides[i] != 0;
+    if (sliding) printf(", a window of %d in %d of %d layers", c->sliding_window, sliding, c->n_layer);
+    printf("\n  vocabulary      %lld, positions up to %lld\n", (long long)c->vocab_size, (long long)c->max_position);
     printf("  stored as       %s\n", dtypes);
     printf("  tokenizer       %s\n", s->tok ? mft_tokenizer_kind(s->tok) : "none");
     printf("  chat template   %s\n", s->tok && mft_tokenizer_chat_template(s->tok) ? "yes" : "no");
-    printf("  LoRA targets    %s\n", mft_family_lora_targets(c.family));
+    printf("  LoRA targets    %s\n", mft_family_lora_targets(c->family));
+    printf("tensors\n");
+    print_tensor_kinds(st);
+    printf("files\n");
+    print_files(s->ctx, o->path, st, 0);
     printf("for a LoRA step of 1 x %lld tokens (rank 8): ", (long long)o->seq_len);
     print_plan(&plan, 0);
     return 0;
@@ -1117,6 +1195,34 @@ static int run_init(const options *o)
 }
 
 /* ==============================================================================
+ * MARK: - [BENCH] Figures beside the machine's own; bench.h measures
+ * ============================================================================== */
+static int run_bench(const options *o)
+{
+    static const char *const parts[] = { "all", "kernels", "ops", "steps", NULL };
+    session    s;
+    bench      b;
+    bench_mode mode;
+    int        exit_status, ok = 1, n_steps = o->max_steps ? (int)o->max_steps : 3;
+    int        part = o->model ? 3 : choice("PART", o->path, parts);
+    if (part < 0) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    memset(&b, 0, sizeof b);
+    b.ctx = s.ctx; b.json = o->json;
+    if (b.json) printf("{\"row\":\"%s\",\"threads\":%d,\"precision\":\"%s\",", mft_kernels_name(s.ctx), s.ctx->n_threads, o->precision ? o->precision : "f32");
+    ok = bench_machine(&b);
+    if (b.json) printf("\"results\":[");
+    if (ok && (part == 0 || part == 1)) ok = bench_kernels(&b);
+    if (ok && (part == 0 || part == 2)) ok = bench_ops(&b);
+    mode.full = o->full; mode.batch = (int)o->batch_size; mode.seq = (int)o->seq_len;
+    if (ok && o->model) ok = bench_steps(&b, o->model, o->model, &mode, 1, n_steps);
+    else if (ok && (part == 0 || part == 3)) ok = bench_all_steps(&b, n_steps);
+    if (b.json) printf("]}\n");
+    return close_session(&s, ok ? 0 : fail(&s, MFT_ERR_OUT_OF_MEMORY));
+}
+
+/* ==============================================================================
  * MARK: - [MAIN]
  * ============================================================================== */
 #define COMMON " threads kernels precision json "
@@ -1141,7 +1247,11 @@ static const command commands[] = {
     { "merge", "an adapter into its base: a snapshot of its own", "model adapter output" COMMON,
       "  mft merge --model gpt2 --adapter adapter --output merged\n", run_merge },
     { "init", "a snapshot with random weights", "config seed dtype output" COMMON,
-      "  mft init --config gpt2/config.json --output fresh --dtype bf16\n", run_init }
+      "  mft init --config gpt2/config.json --output fresh --dtype bf16\n", run_init },
+    { "bench", "kernels, ops and training steps, measured beside the machine's peak", "PATH model full batch-size seq-len max-steps" COMMON,
+      "  mft bench                                   everything; GPT-2 124M, Gemma-3-270M and Qwen2.5-0.5B with random weights\n"
+      "  mft bench kernels --kernels avx2            one part of it: kernels, ops or steps\n"
+      "  mft bench --model DIR --batch-size 4        training steps of a model of yours\n", run_bench }
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
