@@ -237,6 +237,8 @@ typedef struct mft_dataset_desc {
     int         no_eos;                     /* completions do not                                    [false]    */
     int         skip_bad_lines;             /* count them and go on, instead of failing              [false]    */
     const char *chat_template;              /* Jinja text                             [the tokenizer's]         */
+    int64_t     now;                        /* seconds since 1970, for templates that write the date: a resumed run
+                                               gives the first one's                  [when the dataset is made] */
     const char *split;                      /* of a directory: "train", "valid", "test"              ["train"]  */
     const char *text_key;                   /*                                                       ["text"]   */
     const char *prompt_key;                 /*                                                       ["prompt"] */
@@ -528,6 +530,7 @@ MFT_API int64_t mft_generate(mft_model *model, const int32_t *prompt, int64_t n_
 #define MFT_MODELS_IMPLEMENTED
 
 #include <sys/time.h>
+#include <time.h>
 #ifndef _WIN32
 #  include <sys/select.h>
 #endif
@@ -7841,6 +7844,7 @@ MFT_API mft_status mft_dataset_create(mft_context *ctx, const mft_tokenizer *tok
     c->ctx = ctx; c->tok = tok; c->open = (size_t)-1;
     if (desc) c->desc = *desc;
     if (!c->desc.max_seq_len) c->desc.max_seq_len = 256;
+    if (!c->desc.now) c->desc.now = (int64_t)time(NULL);
     strings[0] = &c->desc.chat_template;  strings[1] = &c->desc.split;          strings[2] = &c->desc.text_key;
     strings[3] = &c->desc.prompt_key;     strings[4] = &c->desc.completion_key; strings[5] = &c->desc.messages_key;
     ds = mft__dataset_over(c);
@@ -8162,6 +8166,7 @@ static mft_status mft__line_messages(mft__corpus *c, const mft_json *o)
     memset(&chat, 0, sizeof chat);
     chat.messages_json = list;
     chat.tools         = mft_json_get(o, "tools");
+    chat.now           = c->desc.now;
     return mft__doc_chat(c, &chat);
 }
 
@@ -8862,7 +8867,7 @@ MFT_API mft_status mft_dataset_add_chat(mft_dataset *ds, const mft_message *mess
     mft_status  s;
     if (!ds || !messages || n < 1) return MFT_ERR_INVALID_ARGUMENT;
     memset(&chat, 0, sizeof chat);
-    chat.messages = messages; chat.n_messages = n;
+    chat.messages = messages; chat.n_messages = n; chat.now = ds->corpus->desc.now;
     s = mft__calls_source(ds, &sample);
     if (s == MFT_OK) s = mft__doc_chat(ds->corpus, &chat);
     return mft__add_made(ds, s, sample, 0);

@@ -1078,6 +1078,34 @@ static void test_long_texts(void)
     end_context(ctx);
 }
 
+/* A template that writes the date gets desc.now, by call and from a file, and the clock without it. */
+static void test_chat_with_a_date(void)
+{
+    static const mft_message messages[2] = { { "user", "Hi" }, { "assistant", "Yes" } };
+    mft_context     *ctx = new_context();
+    mft_tokenizer   *tok = tiny(ctx, "gemma-tiny");
+    mft_dataset     *ds = NULL;
+    mft_dataset_desc d;
+    mft_batch        batch;
+    int              i;
+    const char      *path = write_text("d.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},{\"role\":\"assistant\",\"content\":\"Yes\"}]}");
+    if (!tok) { mft_context_destroy(ctx); return; }
+    memset(&d, 0, sizeof d);
+    d.chat_template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    for (i = 0; i < 4; i++) {
+        char text[256] = "";
+        int64_t n = -1;
+        d.now = i < 2 ? 1767312000 : 0;         /* 2026-01-02, 00:00 UTC */
+        CHECK(mft_dataset_create(ctx, tok, &d, &ds) == MFT_OK);
+        CHECK_MSG((i % 2 ? mft_dataset_load(ds, path) : mft_dataset_add_chat(ds, messages, 2)) == MFT_OK, "%s", mft_error_message(ctx));
+        if (mft_dataset_next(ds, 1, &batch) == MFT_OK) n = mft_tokenizer_decode(tok, batch.input_ids, batch.seq, MFT_SKIP_SPECIAL, text, sizeof text - 1);
+        CHECK_MSG(n > 0 && (strstr(text, "02 Jan 2026") != NULL) == (i < 2), "%s", text);
+        mft_dataset_destroy(ds);
+    }
+    remove(path);
+    end_context(ctx);
+}
+
 /* A conversation by call is the one from a file. */
 static void test_add_chat(void)
 {
@@ -1231,6 +1259,7 @@ int main(void)
     TEST(test_formats_and_masks);
     TEST(test_bad_texts);
     TEST(test_long_texts);
+    TEST(test_chat_with_a_date);
     TEST(test_add_chat);
     TEST(test_directories);
     TEST(test_counts_against_the_reference);
