@@ -139,7 +139,7 @@ static void set_up(void)
 
 static void test_usage(void)
 {
-    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init" };
+    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init", "bench" };
     char   line[200];
     size_t i;
     expect("", 2, "finetune");
@@ -220,7 +220,7 @@ static void test_failures(void)
     expect("init --config @/nowhere --output @/x", 1, "nowhere");
     expect("tokenize --model @/q --file @/nowhere", 1, "nowhere");
     expect("tokenize --model @/q --decode 999999", 1, NULL);
-    CHECK(!test_file_exists(in_room("x/adapter_model.safetensors")) && !test_file_exists(in_room("x/model.safetensors")) && !test_file_exists(in_room("l.safetensors")));
+    CHECK(access(in_room("x"), F_OK) != 0 && access(in_room("l.safetensors"), F_OK) != 0);     /* nothing half-done stays */
 }
 
 /* A number with at least so many digits, or one that needs fewer. */

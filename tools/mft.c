@@ -600,6 +600,8 @@ static int run_finetune(const options *given)
     mft_trainer     *tr = NULL;
     mft_eval         eval;
     live             v;
+    struct stat      info;
+    int              made_output = 0;
     char            *template_text = NULL;
     int64_t          steps, trainable, bytes;
     mft_status       status;
@@ -621,6 +623,7 @@ static int run_finetune(const options *given)
     exit_status = open_session(&o, &s);
     if (exit_status) return exit_status;
 
+    made_output = !o.plan && stat(o.output, &info) != 0;
     if (!o.plan && (status = mft__can_write_in(s.ctx, o.output)) != MFT_OK) goto failed;       /* found now, not after hours */
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
@@ -687,6 +690,7 @@ failed:
 done:
     if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
     free(template_text);
+    if (exit_status && made_output) rmdir(o.output);            /* if nothing came of it; one that holds something stays */
     return close_session(&s, exit_status);
 }
 
