@@ -139,7 +139,7 @@ static void set_up(void)
 
 static void test_usage(void)
 {
-    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init", "bench" };
+    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init" };
     char   line[200];
     size_t i;
     expect("", 2, "finetune");
