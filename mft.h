@@ -332,8 +332,9 @@ MFT_API mft_tensor *mft_dora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
 /* mean over rows of -log softmax(logits)[label].  logits [.., V], labels [rows] borrowed. */
 MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, const int32_t *labels, int64_t n_valid);
 
-/* The same of logits = softcap'(x w^T), which are never held: tiles of tokens x vocabulary, gone over
- * once more for the gradient. Rows whose label is -100 cost nothing.
+/* The same of logits = softcap'(x w^T), which are never held: tiles of tokens x vocabulary. A frozen w is gone
+ * over once, the gradient in x being summed with the softmax still running and kept, [counted rows, H]; a
+ * trainable one once more in the backward pass. Rows whose label is -100 cost nothing.
  * x [.., H], w [V, H] in any storage type, trainable or not; softcap 0: none.
  * source   Wijmans et al. 2024, "Cut your losses in large-vocabulary language models" */
 MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mft_tensor *w, const int32_t *labels,
@@ -3885,6 +3886,8 @@ typedef struct mft__xent_task {
     float         *out, *high, *sum, *label_logit;      /* of each row: the greatest logit, sum of exp(logit - high) */
     int64_t        vocab, tile_begin;
     float          s, softcap;
+    const mft_tensor *w;                    /* fused: the head, and what is kept for the gradient in x:       */
+    float         *dx;                      /* NULL, or sum of exp(logit - high) w, [count, H]                */
 } mft__xent_task;
 
 static void mft__xent_run(void *arg, int64_t begin, int64_t end, int worker)
@@ -3977,11 +3980,13 @@ MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, cons
 /* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB ---- */
 enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048 };
 
-/* A tile's logits into the running maximum and sum of each row, and the label's logit where it falls in. */
+/* A tile's logits into the running maximum and sum of each row, and the label's logit where it falls in. What is
+ * left in the tile is what the row's dx gets of each w: exp(logit - high), times the soft cap's derivative. */
 static void mft__head_forward_run(void *arg, int64_t begin, int64_t end, int worker)
 {
     const mft__xent_task *t = (const mft__xent_task *)arg;
-    int64_t i, c, n = t->vocab;
+    float   capped[256];
+    int64_t i, c, k, n = t->vocab, cols = t->w->shape[1];
     (void)worker;
     for (i = begin; i < end; i++) {
         float  *x = t->out + i * n, high;
@@ -3990,10 +3995,37 @@ static void mft__head_forward_run(void *arg, int64_t begin, int64_t end, int wor
         if (label >= 0 && label < n) t->label_logit[i] = x[label];
         high = t->k->max(x, n);
         if (!(high <= t->high[i])) {
-            t->sum[i] *= t->high[i] == -INFINITY ? 0 : expf(t->high[i] - high);
+            float shrink = t->high[i] == -INFINITY ? 0 : expf(t->high[i] - high);
+            t->sum[i] *= shrink;
+            if (t->dx && t->tile_begin) t->k->scale(t->dx + i * cols, shrink, t->dx + i * cols, cols);
             t->high[i] = high;
         }
-        t->sum[i] += t->k->exp_sum(x, x, t->high[i], n);
+        if (!(t->softcap > 0)) { t->sum[i] += t->k->exp_sum(x, x, t->high[i], n); continue; }
+        for (c = 0; c < n; c += 256) {
+            int64_t m = mft__min(n - c, 256);
+            memcpy(capped, x + c, (size_t)m * sizeof(float));
+            t->sum[i] += t->k->exp_sum(x + c, x + c, t->high[i], m);
+            for (k = 0; k < m; k++) x[c + k] *= 1 - capped[k] / t->softcap * (capped[k] / t->softcap);
+        }
+    }
+}
+
+/* After the last tile: dx / sum is the softmax's mean of the head's rows; less the label's row it is the gradient. */
+static void mft__head_finish_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__xent_task *t = (const mft__xent_task *)arg;
+    float   label_row[256];
+    int64_t i, c, cols = t->w->shape[1];
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        const char *row = (const char *)t->w->data + mft_dtype_bytes(t->w->dtype, t->labels[t->rows[i]] * t->w->stride[0]);
+        float      *dx = t->dx + i * cols, u = t->softcap > 0 ? t->label_logit[i] / t->softcap : 0;
+        t->k->scale(dx, 1 / t->sum[i], dx, cols);
+        for (c = 0; c < cols; c += 256) {
+            int64_t n = mft__min(cols - c, 256);
+            t->k->to_float(label_row, row + mft_dtype_bytes(t->w->dtype, c), t->w->dtype, n);
+            t->k->axpy(dx + c, u * u - 1, label_row, n);
+        }
     }
 }
 
@@ -4039,7 +4071,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
     int64_t rows_most = mft__min(n, MFT__HEAD_ROWS), tile_most = mft__min(vocab, MFT__HEAD_TILE);
     size_t  bytes = (size_t)(rows_most * tile_most) * sizeof(float);
     const int32_t *rows = t->rows;
-    float  *tile = (float *)mft__high(ctx, bytes), *high = t->high, *sum = t->sum, *label_logit = t->label_logit;
+    float  *tile = (float *)mft__high(ctx, bytes), *high = t->high, *sum = t->sum, *label_logit = t->label_logit, *kept = t->dx;
     if (!tile) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
     t->out = tile;
     for (v = 0; n && v < vocab && !mft__cancelled(ctx); v += MFT__HEAD_TILE) {  /* the weights pass by once */
@@ -4050,6 +4082,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
             int64_t nr = mft__min(n - r, MFT__HEAD_ROWS);
             mft__product(ctx, nr, nv, cols, 1, mft__matrix_f32(x + r * cols, cols, 1), mft__matrix_of(wv, w->dtype, w->stride[1], w->stride[0]), NULL, 0, tile, nv);
             t->rows = rows + r; t->high = high + r; t->sum = sum + r; t->label_logit = label_logit ? label_logit + r : NULL;
+            t->dx = kept ? kept + r * cols : NULL;
             if (MFT__RUNS(ctx)) mft__parallel(ctx, nr, 4, run, t);
             if (dx) mft__product(ctx, nr, cols, nv, 1, mft__matrix_f32(tile, nv, 1), mft__matrix_of(wv, w->dtype, w->stride[0], w->stride[1]),
                                  NULL, v > 0, dx + r * cols, cols);
@@ -4057,11 +4090,21 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
                                  NULL, add_dw || r > 0, dw + v * w->stride[0], w->stride[0]);
         }
     }
-    t->rows = rows; t->high = high; t->sum = sum; t->label_logit = label_logit;
+    t->rows = rows; t->high = high; t->sum = sum; t->label_logit = label_logit; t->dx = kept;
     mft__high_free(ctx, tile, bytes);
     if (mft__cancelled(ctx)) mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
 }
 
+/* The head is frozen: the gradient in x was made on the way forward. */
+static void mft__head_frozen_backward(mft_context *ctx, mft__record *r)
+{
+    const int32_t *rows = (const int32_t *)r->p[1];
+    int64_t        n = r->i[0], cols = mft__cols(r->in[0]), i;
+    float         *dx = mft__grad_add(ctx, r->in[0]);
+    if (dx && MFT__RUNS(ctx)) for (i = 0; i < n; i++) ctx->kernels->axpy(dx + rows[i] * cols, *mft__dy(r) * r->f[0], r->saved + i * cols, cols);
+}
+
+/* The head is trained: every softmax anew, for it needs the sum over the whole vocabulary. */
 static void mft__head_backward(mft_context *ctx, mft__record *r)
 {
     mft_tensor    *x = r->in[0], *w = r->in[1];
@@ -4071,7 +4114,7 @@ static void mft__head_backward(mft_context *ctx, mft__record *r)
     float         *packed, *dx = NULL, *dw = NULL, *grad;
     int            add_dw = 0;
     memset(&t, 0, sizeof t);
-    t.k = ctx->kernels; t.labels = (const int32_t *)r->p[0]; t.rows = (const int32_t *)r->p[1];
+    t.k = ctx->kernels; t.labels = (const int32_t *)r->p[0]; t.rows = (const int32_t *)r->p[1]; t.w = w;
     t.high = r->saved; t.sum = r->saved + n; t.softcap = r->f[1];
     t.s = MFT__RUNS(ctx) ? *mft__dy(r) * r->f[0] : 0;
     if (w->trainable && !(dw = n ? mft__grad(ctx, w, &add_dw) : mft__grad_add(ctx, w))) return;      /* without a row nobody writes it */
@@ -4095,7 +4138,7 @@ MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mf
     int64_t      n, i, cols;
     size_t       bytes;
     float       *packed;
-    int          wants;
+    int          wants, frozen;
     if (!mft__op_inputs(ctx, "mft_linear_cross_entropy", ctx && mft__fresh(x) && mft__fresh(w) && labels)) return NULL;
     mark = mft__low_mark(ctx);
     if (!(x = mft__linear_input(ctx, "mft_linear_cross_entropy", x, w, NULL)) || !(y = mft__result(ctx, 0, NULL))) return NULL;
@@ -4104,25 +4147,30 @@ MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mf
     n = mft__labelled_rows(ctx, "mft_linear_cross_entropy", labels, mft_tensor_numel(x) / cols, w->shape[0], n_valid, &rows);
     if (n < 0) return NULL;
     memset(&t, 0, sizeof t);
-    t.k = ctx->kernels; t.labels = labels; t.rows = rows; t.softcap = softcap;
+    t.k = ctx->kernels; t.labels = labels; t.rows = rows; t.softcap = softcap; t.w = w;
     t.s = (float)(1.0 / (double)(n_valid > 0 ? n_valid : n));
-    t.high = (float *)mft__low(ctx, (size_t)n * 2 * sizeof(float));
-    if (!t.high) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
-    t.sum = t.high + n;
     wants  = mft__wants_grad(ctx, x);
+    frozen = wants && !mft__wants_grad(ctx, w);
     wants |= mft__wants_grad(ctx, w);
+    t.high = (float *)mft__low(ctx, (size_t)n * 2 * sizeof(float));
+    if (frozen) t.dx = (float *)mft__low(ctx, (size_t)(n * cols) * sizeof(float));
+    if (!t.high || (frozen && !t.dx)) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    t.sum = t.high + n;
     if (wants) {
-        if (!(r = mft__record_op(ctx, mark, y, mft__head_backward, x, w, NULL))) return NULL;
-        r->p[0] = labels; r->p[1] = rows; r->saved = t.high; r->f[0] = t.s; r->f[1] = softcap; r->i[0] = n;
+        if (!(r = mft__record_op(ctx, mark, y, frozen ? mft__head_frozen_backward : mft__head_backward, x, w, NULL))) return NULL;
+        r->p[0] = labels; r->p[1] = rows; r->saved = frozen ? t.dx : t.high; r->f[0] = t.s; r->f[1] = softcap; r->i[0] = n;
     }
     bytes = (size_t)n * sizeof(float);
     t.label_logit = (float *)mft__high(ctx, bytes);
     if (!t.label_logit) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
     if (MFT__RUNS(ctx)) for (i = 0; i < n; i++) { t.high[i] = -INFINITY; t.sum[i] = 0; }
     if (!(packed = mft__head_rows(ctx, x, rows, n, cols))) return NULL;
-    mft__head_tiles(ctx, &t, mft__head_forward_run, packed, w, n, NULL, NULL, 0);
+    mft__head_tiles(ctx, &t, mft__head_forward_run, packed, w, n, t.dx, NULL, 0);
     if (packed != (float *)x->data) mft__high_free(ctx, packed, (size_t)(n * cols) * sizeof(float));
-    if (MFT__RUNS(ctx)) *(float *)y->data = mft__xent_mean(t.high, t.sum, t.label_logit, n, t.s);
+    if (MFT__RUNS(ctx)) {
+        *(float *)y->data = mft__xent_mean(t.high, t.sum, t.label_logit, n, t.s);
+        if (t.dx) mft__parallel(ctx, n, 4, mft__head_finish_run, &t);
+    }
     mft__high_free(ctx, t.label_logit, bytes);
     return ctx->step_status == MFT_OK ? y : NULL;
 }
