@@ -134,9 +134,9 @@ MFT_API mft_status  mft_context_create (const mft_context_desc *desc, mft_contex
 MFT_API void        mft_context_destroy(mft_context *ctx);
 /* The latest failure's sentence, "" if none; borrowed until the next failing call. */
 MFT_API const char *mft_error_message  (const mft_context *ctx);
-/* on != 0: the running call stops at the next layer and returns MFT_ERR_CANCELLED; the half-done
- * step is dropped. Stays on until mft_cancel(ctx, 0). May be called from any thread, and from
- * signal handlers: it stores one word. */
+/* on 1: the running call stops at the next layer and returns MFT_ERR_CANCELLED; the half-done step is
+ * dropped. on 2: the same, but a training step in hand is finished first. Stays on until
+ * mft_cancel(ctx, 0). May be called from any thread, and from signal handlers: it stores one word. */
 MFT_API void        mft_cancel         (mft_context *ctx, int on);
 MFT_API void        mft_memory         (const mft_context *ctx, mft_memory_report *out);
 /* The kernel row in use: "portable", "avx2", "avx512", "amx", "neon", ...; constant text. */
@@ -531,6 +531,7 @@ struct mft_context {
     uint64_t      step_index, draw_index;
 
     int           cancel;                   /* written by any thread: __atomic only                 */
+    int           in_step;                  /* a training step runs, which cancel 2 lets finish      */
     char          error[1024];
 };
 
@@ -560,12 +561,13 @@ static void mft__log(mft_context *ctx, mft_log_level level, const char *format, 
 
 MFT__UNUSED static int mft__cancelled(const mft_context *ctx)
 {
-    return __atomic_load_n(&ctx->cancel, __ATOMIC_RELAXED);
+    int on = __atomic_load_n(&ctx->cancel, __ATOMIC_RELAXED);
+    return on == 1 || (on && !ctx->in_step);
 }
 
 MFT_API void mft_cancel(mft_context *ctx, int on)
 {
-    if (ctx) __atomic_store_n(&ctx->cancel, on != 0, __ATOMIC_RELAXED);
+    if (ctx) __atomic_store_n(&ctx->cancel, on == 2 ? 2 : on != 0, __ATOMIC_RELAXED);
 }
 
 /* malloc aligned to 64 bytes, or to `align` if that is more: the address malloc gave stands just below. */

@@ -458,6 +458,9 @@ typedef struct mft_trainer_desc {
     int    micro_batch, grad_accum;         /* sequences; passes per step                   [1] [1]  */
     int    decay_all;                       /* full fine-tuning: weight decay also on biases and norms [false] */
     int    pause_ms;                        /* rest after each step: heat, battery          [0]      */
+    const char *save_dir;                   /* mft_trainer_run saves SAVE_DIR/checkpoint-STEP [none] */
+    int64_t save_steps;                     /* each time so many steps are done             [0 = not by itself] */
+    int    save_total_limit;                /* older checkpoints in save_dir are removed    [0 = none is] */
     void (*on_step)(void *user, const mft_progress *p);  /* trainer's thread; may call mft_cancel    */
     /* Between backward and optimizer: gradients are sums over the window's n_valid labels, in
      * mft_model_params(trainable) order; an app may reduce both over machines. nonzero stops: CANCELLED */
@@ -483,12 +486,41 @@ MFT_API mft_status mft_trainer_plan      (mft_trainer *tr, int batch, int seq, m
 MFT_API mft_status mft_trainer_step      (mft_trainer *tr, mft_progress *out);
 /* The same on the caller's window of n micro-batches. */
 MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batches, int n, mft_progress *out);
-MFT_API mft_status mft_trainer_run       (mft_trainer *tr, int64_t n_steps);           /* steps with on_step  */
+/* Steps with on_step, and checkpoints. CANCELLED comes between two steps: mft_trainer_save is right then. */
+MFT_API mft_status mft_trainer_run       (mft_trainer *tr, int64_t n_steps);
+/* Optimizer steps done, those before a resumption included. */
+MFT_API int64_t    mft_trainer_steps     (const mft_trainer *tr);
 /* Mean loss over held_out's batches (all of one epoch if max_batches is 0); nothing is trained. */
 MFT_API mft_status mft_trainer_evaluate  (mft_trainer *tr, mft_dataset *held_out, int max_batches, mft_eval *out);
 MFT_API void       mft_trainer_destroy   (mft_trainer *tr);
 /* Resident bytes of this process, now and at most, as the system tells (Linux, Android); 0 elsewhere. */
 MFT_API void       mft_process_memory    (size_t *out_now, size_t *out_peak);
+
+/* ==============================================================================
+ * MARK: - [CHECKPOINT] Stop, and go on as if nothing had been
+ *
+ *   A checkpoint is a directory that appears whole or not at all:
+ *     adapter_config.json, adapter_model.safetensors     the adapter as PEFT has it; in full fine-tuning a snapshot
+ *                               with weights in f32
+ *     optimizer.safetensors     moments and their step
+ *     trainer_state.json        steps done, position in the data, seeds, settings; hashes of base, tokenizer and data,
+ *                               and of the files above
+ *   Training 20 steps and training 10, saving, resuming, training 10 end in the same bits, for any number of threads on
+ *   one row of kernels.
+ * ============================================================================== */
+
+/* Writes a checkpoint, between two steps. dir NULL: save_dir/checkpoint-STEP, after which older ones go as
+ * save_total_limit says. A checkpoint that is there already is replaced at once; until then it stays.
+ * fails  IO: what was there before is there still; INVALID_ARGUMENT: dir holds something else than a checkpoint */
+MFT_API mft_status mft_trainer_save   (mft_trainer *tr, const char *dir);
+/* Brings a new trainer to where the checkpoint's was. Model, adapter, data and settings are made as for the first run;
+ * weights, moments, step, position and dropout's seed come from the checkpoint. dir: a checkpoint, or a directory with
+ * checkpoint-STEP directories, of which the latest is taken. What changes the run but not what is trained (learning
+ * rate, batch, number of steps, kernels) may differ and is logged as a warning.
+ * fails  IO, FORMAT: a file is missing, cut or altered; INVALID_ARGUMENT naming what is another one: base, tokenizer,
+ *        rank or another field of the adapter, target modules, optimizer, data. The trainer is then as it was, unless
+ *        reading failed in the middle. */
+MFT_API mft_status mft_trainer_resume (mft_trainer *tr, const char *dir);
 
 /* ==============================================================================
  * MARK: - [EVALUATE] Perplexity
@@ -10321,77 +10353,96 @@ static const char *const mft__companions[] = {
 };
 
 /* A directory that is being written: beside its place under another name when the place is new, so that it
- * appears whole; in its place, file by file, when the directory is there already. */
-typedef struct mft__new_dir { mft_context *ctx; char *place, *work; int fresh; } mft__new_dir;
+ * appears whole; in its place, file by file, when the directory is there already. With `replace` it is written
+ * beside its place in any case and takes it at once: the old one is PLACE.tmp-old for the moment in between. */
+typedef struct mft__new_dir { mft_context *ctx; char *place, *parent, *work; size_t bytes; int fresh, lock; } mft__new_dir;
 
-static void mft__new_dir_abort(mft__new_dir *d);
+static void mft__new_dir_free(mft__new_dir *d)
+{
+    if (d->lock >= 0) mft__os_close(d->lock);
+    mft__free(d->ctx, d->place, d->bytes);
+    mft__free(d->ctx, d->work, d->bytes);
+    mft__strfree(d->ctx, d->parent);
+    d->place = d->work = d->parent = NULL; d->lock = -1;
+}
 
-static mft_status mft__new_dir_begin(mft_context *ctx, const char *place, mft__new_dir *d)
+/* Removes what was written, if the directory is a new one. */
+static void mft__new_dir_abort(mft__new_dir *d)
+{
+    if (d->fresh) mft__dir_remove(d->ctx, d->work);
+    mft__new_dir_free(d);
+}
+
+/* Makes work: PLACE.tmp-PROCESS-K, which no other process uses. */
+static mft_status mft__new_dir_work(mft__new_dir *d)
+{
+    int k, made = 0, reason = EEXIST;
+    mft__remove_leftovers(d->ctx, d->parent, mft__file_name(d->place));
+    for (k = 0; k < 100 && !made && reason == EEXIST; k++) {
+        snprintf(d->work, d->bytes, "%s.tmp-%ld-%d", d->place, mft__os_process(), k);
+        made   = mft__os_make_dir(d->work);
+        reason = errno;
+    }
+    if (!made) {
+        d->fresh = 0;
+        return mft__fail(d->ctx, MFT_ERR_IO, "%s: cannot make this directory: %s", mft__path(d->place), strerror(reason));
+    }
+    d->lock = mft__os_hold(d->work);
+    return MFT_OK;
+}
+
+static mft_status mft__new_dir_begin(mft_context *ctx, const char *place, int replace, mft__new_dir *d)
 {
     size_t     n = strlen(place);
-    char      *parent;
-    mft_status s = MFT_OK;
+    mft_status s = MFT_ERR_OUT_OF_MEMORY;
     memset(d, 0, sizeof *d);
-    d->ctx = ctx;
+    d->ctx = ctx; d->lock = -1; d->bytes = n + 48;
     while (n > 1 && mft__is_separator(place[n - 1])) n--;
-    d->place = (char *)mft__alloc_zero(ctx, n + 1);
-    d->work  = (char *)mft__alloc_zero(ctx, n + 32);
-    if (!d->place || !d->work) {
-        mft__free(ctx, d->place, n + 1); mft__free(ctx, d->work, n + 32);
-        return MFT_ERR_OUT_OF_MEMORY;
+    d->place = (char *)mft__alloc_zero(ctx, d->bytes);
+    d->work  = d->place ? (char *)mft__alloc_zero(ctx, d->bytes) : NULL;
+    if (d->work) memcpy(d->place, place, n);
+    d->parent = d->work ? mft__path_dir(ctx, d->place) : NULL;
+    if (d->parent) s = mft__make_dirs(ctx, d->parent);
+    if (s == MFT_OK) {
+        d->fresh = mft__file_kind(d->place) == MFT__NO_PATH || (replace && mft__file_kind(d->place) == MFT__DIRECTORY);
+        if (!d->fresh) memcpy(d->work, d->place, n + 1);
+        s = d->fresh ? mft__new_dir_work(d) : mft__make_dirs(ctx, d->work);
     }
-    memcpy(d->place, place, n);
-    d->fresh = mft__file_kind(d->place) == MFT__NO_PATH;
-    if (d->fresh) snprintf(d->work, n + 32, "%s.tmp-%ld", d->place, mft__os_process());
-    else          memcpy(d->work, d->place, n + 1);
-    parent = mft__path_dir(ctx, d->place);
-    s = parent ? mft__make_dirs(ctx, parent) : MFT_ERR_OUT_OF_MEMORY;
-    mft__strfree(ctx, parent);
-    if (s == MFT_OK) s = mft__make_dirs(ctx, d->work);
     if (s != MFT_OK) mft__new_dir_abort(d);
     return s;
 }
 
-static void mft__new_dir_free(mft__new_dir *d)
+/* work becomes place; `old`, if a directory is there, what that was until then. */
+static int mft__new_dir_swap(const mft__new_dir *d, const char *old)
 {
-    size_t n = d->place ? strlen(d->place) : 0;
-    mft__free(d->ctx, d->place, n + 1);
-    mft__free(d->ctx, d->work, n + 32);
-    d->place = d->work = NULL;
-}
-
-/* Removes what was written, if the directory is a new one: files named here only, so nothing else can be hit. */
-static void mft__new_dir_abort(mft__new_dir *d)
-{
-    static const char *const ours[] = { "model.safetensors", "adapter_model.safetensors", "adapter_config.json" };
-    size_t i;
-    if (d->fresh && d->work) {
-        for (i = 0; i < sizeof ours / sizeof *ours + sizeof mft__companions / sizeof *mft__companions; i++) {
-            size_t n_ours = sizeof ours / sizeof *ours;
-            char  *path = mft__path_join(d->ctx, d->work, i < n_ours ? ours[i] : mft__companions[i - n_ours]);
-            if (path) mft__os_remove(path);
-            mft__strfree(d->ctx, path);
-        }
-        mft__os_remove(d->work);
+    int had = mft__file_kind(d->place) == MFT__DIRECTORY, reason;
+    if (had) {
+        mft__dir_remove(d->ctx, old);                           /* of a process killed below: place is whole */
+        if (!mft__os_rename(d->place, old)) return 0;
     }
-    mft__new_dir_free(d);
+    if (mft__os_rename(d->work, d->place)) return 1;
+    reason = errno;
+    if (had) mft__os_rename(old, d->place);
+    errno = reason;
+    return 0;
 }
 
 static mft_status mft__new_dir_commit(mft__new_dir *d)
 {
-    mft_status s = MFT_OK;
-    if (d->fresh && !mft__os_rename(d->work, d->place)) {
-        s = mft__fail(d->ctx, MFT_ERR_IO, "%s: cannot be renamed to %s: %s", mft__path(d->work), mft__path(d->place), strerror(errno));
-        mft__new_dir_abort(d);
-        return s;
-    }
+    char *old = d->fresh ? (char *)mft__alloc(d->ctx, d->bytes) : NULL;
+    if (d->fresh && !old) { mft__new_dir_abort(d); return MFT_ERR_OUT_OF_MEMORY; }
     if (d->fresh) {
-        char *parent = mft__path_dir(d->ctx, d->place);
-        if (parent) mft__os_sync_dir(parent);
-        mft__strfree(d->ctx, parent);
+        int ok;
+        snprintf(old, d->bytes, "%s.tmp-old", d->place);
+        ok = mft__new_dir_swap(d, old);
+        if (!ok) mft__fail(d->ctx, MFT_ERR_IO, "%s: cannot be renamed to %s: %s", mft__path(d->work), mft__path(d->place), strerror(errno));
+        mft__os_sync_dir(d->parent);
+        if (ok) mft__dir_remove(d->ctx, old);
+        mft__free(d->ctx, old, d->bytes);
+        if (!ok) { mft__new_dir_abort(d); return MFT_ERR_IO; }
     }
     mft__new_dir_free(d);
-    return s;
+    return MFT_OK;
 }
 
 /* Copies one file of the snapshot if it is there. */
@@ -10420,42 +10471,44 @@ static mft_tensor mft__as_stored(const mft_tensor *t)
     return s;
 }
 
-MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
+/* The files of a snapshot into a directory: weights in the dtype they were loaded from, or as they are in memory. */
+static mft_status mft__model_write(mft_model *model, const char *dir, int as_held)
 {
-    mft_context            *ctx;
-    mft_safetensors_spec   *specs = NULL;
+    mft_context            *ctx = model->ctx;
+    mft_safetensors_spec   *specs = (mft_safetensors_spec *)mft__alloc_zero(ctx, (size_t)model->n_params * sizeof *specs);
     mft_safetensors_writer *w = NULL;
-    mft__new_dir            place;
-    char      *path = NULL;
-    mft_status s;
+    char      *path = mft__path_join(ctx, dir, "model.safetensors");
+    mft_status s = specs && path ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
     size_t     i;
     int        k;
-
-    if (!model || !dir) return MFT_ERR_INVALID_ARGUMENT;
-    ctx = model->ctx;
-    if (model->n_adapters) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_save: merge or detach the adapter first");
-    if ((s = mft__new_dir_begin(ctx, dir, &place)) != MFT_OK) return s;
-    specs = (mft_safetensors_spec *)mft__alloc_zero(ctx, (size_t)model->n_params * sizeof *specs);
-    path  = mft__path_join(ctx, place.work, "model.safetensors");
-    if (!specs || !path) { s = MFT_ERR_OUT_OF_MEMORY; goto done; }
-    for (k = 0; k < model->n_params; k++) {
+    for (k = 0; k < model->n_params && s == MFT_OK; k++) {
         mft_tensor t = mft__as_stored(model->params[k].t);
         specs[k].name  = model->params[k].name;
-        specs[k].dtype = model->params[k].file_dtype;
+        specs[k].dtype = as_held ? t.dtype : model->params[k].file_dtype;
         specs[k].ndim  = t.ndim;
         memcpy(specs[k].shape, t.shape, sizeof specs[k].shape);
     }
-    if ((s = mft_safetensors_write_begin(ctx, path, specs, model->n_params, NULL, &w)) != MFT_OK) goto done;
+    if (s == MFT_OK) s = mft_safetensors_write_begin(ctx, path, specs, model->n_params, NULL, &w);
     for (k = 0; k < model->n_params && s == MFT_OK; k++) {
         mft_tensor t = mft__as_stored(model->params[k].t);
         s = mft_safetensors_write_tensor(w, k, &t);
     }
     if (s == MFT_OK) s = mft_safetensors_write_commit(w); else mft_safetensors_write_abort(w);
     for (i = 0; i < sizeof mft__companions / sizeof *mft__companions && s == MFT_OK; i++)
-        s = mft__copy_companion(ctx, model->dir, place.work, mft__companions[i]);
-done:
+        s = mft__copy_companion(ctx, model->dir, dir, mft__companions[i]);
     mft__free(ctx, specs, (size_t)model->n_params * sizeof *specs);
     mft__strfree(ctx, path);
+    return s;
+}
+
+MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
+{
+    mft__new_dir place;
+    mft_status   s;
+    if (!model || !dir) return MFT_ERR_INVALID_ARGUMENT;
+    if (model->n_adapters) return mft__fail(model->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_save: merge or detach the adapter first");
+    if ((s = mft__new_dir_begin(model->ctx, dir, 0, &place)) != MFT_OK) return s;
+    s = mft__model_write(model, place.work, 0);
     if (s == MFT_OK) s = mft__new_dir_commit(&place); else mft__new_dir_abort(&place);
     return s;
 }
@@ -10533,7 +10586,7 @@ MFT_API mft_status mft_model_init(mft_context *ctx, const char *config_path, uin
     std = mft_json_number(mft_json_get(root, "initializer_range"), 0.02);
     mft_json_destroy(root);
     most = (size_t)c.n_layer * MFT__N_MODULES * 2 + 8;
-    if ((s = mft__new_dir_begin(ctx, out_dir, &place)) != MFT_OK) { mft__free(ctx, c.layer_slides, (size_t)c.n_layer); return s; }
+    if ((s = mft__new_dir_begin(ctx, out_dir, 0, &place)) != MFT_OK) { mft__free(ctx, c.layer_slides, (size_t)c.n_layer); return s; }
     specs = (mft_safetensors_spec *)mft__alloc_zero(ctx, most * sizeof *specs);
     names = (char (*)[160])mft__alloc_zero(ctx, most * sizeof *names);
     path  = mft__path_join(ctx, place.work, "model.safetensors");
@@ -11120,28 +11173,17 @@ static char *mft__adapter_config(const mft_model *m, const mft__adapter *a)
     return mft__json_write_take(&w);
 }
 
-MFT_API mft_status mft_lora_save(mft_model *model, const char *dir)
+/* The two files of the active adapter into a directory. */
+static mft_status mft__lora_write(mft_model *model, const char *dir)
 {
-    mft_context  *ctx;
-    mft__adapter *a;
-    mft_tensor  **tensors = NULL;
-    mft__new_dir  place;
-    char         *config = NULL, *path = NULL, *config_path = NULL;
-    size_t        most;
-    mft_status    s;
+    mft_context  *ctx = model->ctx;
+    mft__adapter *a = model->adapters[model->active];
+    size_t        most = (size_t)model->config.n_layer * MFT__N_MODULES * 3;
+    mft_tensor  **tensors = (mft_tensor **)mft__alloc(ctx, most * sizeof *tensors);
+    char         *config = mft__adapter_config(model, a), *path = mft__path_join(ctx, dir, "adapter_model.safetensors");
+    char         *config_path = mft__path_join(ctx, dir, "adapter_config.json");
+    mft_status    s = tensors && config && path && config_path ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
     int           i, k, n = 0;
-
-    if (!model || !dir) return MFT_ERR_INVALID_ARGUMENT;
-    ctx = model->ctx;
-    if (model->active < 0) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_lora_save: no adapter is active");
-    a = model->adapters[model->active];
-    most = (size_t)model->config.n_layer * MFT__N_MODULES * 3;
-    if ((s = mft__new_dir_begin(ctx, dir, &place)) != MFT_OK) return s;
-    tensors = (mft_tensor **)mft__alloc(ctx, most * sizeof *tensors);
-    config  = mft__adapter_config(model, a);
-    path    = mft__path_join(ctx, place.work, "adapter_model.safetensors");
-    config_path = mft__path_join(ctx, place.work, "adapter_config.json");
-    if (!tensors || !config || !path || !config_path) s = MFT_ERR_OUT_OF_MEMORY;
     for (i = 0; s == MFT_OK && i < model->config.n_layer * MFT__N_MODULES; i++) {
         mft_tensor *t[3];
         t[0] = a->parts[i].a; t[1] = a->parts[i].b; t[2] = a->parts[i].magnitude;
@@ -11153,6 +11195,17 @@ MFT_API mft_status mft_lora_save(mft_model *model, const char *dir)
     mft__strfree(ctx, config);
     mft__strfree(ctx, path);
     mft__strfree(ctx, config_path);
+    return s;
+}
+
+MFT_API mft_status mft_lora_save(mft_model *model, const char *dir)
+{
+    mft__new_dir place;
+    mft_status   s;
+    if (!model || !dir) return MFT_ERR_INVALID_ARGUMENT;
+    if (model->active < 0) return mft__fail(model->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_lora_save: no adapter is active");
+    if ((s = mft__new_dir_begin(model->ctx, dir, 0, &place)) != MFT_OK) return s;
+    s = mft__lora_write(model, place.work);
     if (s == MFT_OK) s = mft__new_dir_commit(&place); else mft__new_dir_abort(&place);
     return s;
 }
@@ -11379,8 +11432,12 @@ struct mft_trainer {
     int64_t         step, target;           /* done; where mft_trainer_run will end, 0: not known    */
     int             planned_batch, planned_seq;     /* what the arena holds in one piece             */
     uint64_t        passes;                 /* micro-batches of the steps done: the stream of dropout */
-    int64_t         tokens;                 /* of this object's steps, for the speed                  */
+    int64_t         tokens, timed_steps;    /* of this object's steps, for the speed                  */
     double          seconds;
+    char           *save_dir;               /* desc's                                                 */
+    int64_t         saved_step;             /* of the latest checkpoint                               */
+    uint64_t        base_hash, tokenizer_hash;      /* made when first needed, see [CHECKPOINT]       */
+    int             identified;
 };
 
 static double mft__now(void)                                    /* seconds, for differences */
@@ -11421,6 +11478,7 @@ static void mft__trainer_destroy_object(void *self)
     mft_context *ctx = tr->ctx;
     mft__object_remove(&tr->object);
     mft_optimizer_destroy(tr->opt);
+    mft__strfree(ctx, tr->save_dir);
     mft__free(ctx, tr->params, (size_t)tr->n_params * sizeof *tr->params);
     mft__free(ctx, tr, sizeof *tr);
 }
@@ -11454,9 +11512,14 @@ MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const
     if (tr->desc.micro_batch == 0) tr->desc.micro_batch = 1;
     if (tr->desc.grad_accum == 0) tr->desc.grad_accum = 1;
     mft__object_add(ctx, &tr->object, mft__trainer_destroy_object);
+    if (tr->desc.save_dir && !(tr->save_dir = mft__strdup(ctx, tr->desc.save_dir))) { s = MFT_ERR_OUT_OF_MEMORY; goto fail; }
     tr->warmup = tr->desc.warmup_steps ? tr->desc.warmup_steps : (int64_t)ceil(tr->desc.warmup_ratio * (double)tr->desc.total_steps);
     if (tr->desc.micro_batch < 0 || tr->desc.grad_accum < 0 || tr->desc.warmup_steps < 0 || !(tr->desc.learning_rate >= 0) || !(tr->desc.learning_rate_min >= 0) || !(tr->desc.warmup_ratio >= 0)) {
         s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_create: a batch, a number of steps or a learning rate below zero");
+        goto fail;
+    }
+    if (tr->desc.save_steps < 0 || tr->desc.save_total_limit < 0 || (tr->desc.save_steps && !tr->save_dir)) {
+        s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_create: save_steps needs a save_dir, and neither it nor save_total_limit is below zero");
         goto fail;
     }
     if (tr->desc.schedule != MFT_SCHEDULE_CONSTANT && tr->desc.total_steps < 1) {
@@ -11583,9 +11646,9 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
     p.step = tr->step; p.loss = w->loss / (double)w->n_valid; p.learning_rate = lr;
     p.n_tokens = w->n_tokens; p.n_valid = w->n_valid;
     p.seconds = mft__now() - began;
-    tr->tokens += w->n_tokens; tr->seconds += p.seconds;
+    tr->tokens += w->n_tokens; tr->seconds += p.seconds; tr->timed_steps++;
     p.tokens_per_second = tr->seconds > 0 ? (double)tr->tokens / tr->seconds : 0;
-    p.eta_seconds = tr->target > tr->step ? tr->seconds / (double)tr->step * (double)(tr->target - tr->step) : tr->target ? 0 : -1;
+    p.eta_seconds = tr->target > tr->step ? tr->seconds / (double)tr->timed_steps * (double)(tr->target - tr->step) : tr->target ? 0 : -1;
     if (tr->data) {
         mft_dataset_position at;
         mft_dataset_get_position(tr->data, &at);
@@ -11609,9 +11672,11 @@ MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batc
     if (!tr || !batches || n < 1) return MFT_ERR_INVALID_ARGUMENT;
     passes = tr->passes;
     memset(&w, 0, sizeof w);
+    tr->ctx->in_step = 1;
     for (i = 0; i < n && s == MFT_OK; i++) s = mft__train_micro_batch(tr, &batches[i], &w);
     if (s == MFT_OK && !w.n_valid) s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of these batches counts: there is nothing to learn from");
     if (s == MFT_OK) s = mft__finish_window(tr, &w, began, out);
+    tr->ctx->in_step = 0;
     if (s != MFT_OK) { mft_optimizer_zero_grad(tr->opt); tr->passes = passes; }
     return s;
 }
@@ -11630,6 +11695,7 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
     if (!tr->data) return mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_step: the trainer has no dataset");
     memset(&w, 0, sizeof w);
     mft_dataset_get_position(tr->data, &start);
+    tr->ctx->in_step = 1;
     while (s == MFT_OK && !w.n_valid) {                         /* a window without any label is passed over */
         for (i = 0; i < tr->desc.grad_accum && s == MFT_OK; i++) {
             mft_batch b;
@@ -11640,6 +11706,7 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
             s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of the data counts: there is nothing to learn from");
     }
     if (s == MFT_OK) s = mft__finish_window(tr, &w, began, out);
+    tr->ctx->in_step = 0;
     if (s != MFT_OK) {                                          /* as if the step had not been begun */
         mft_optimizer_zero_grad(tr->opt);
         mft_dataset_set_position(tr->data, &start);
@@ -11648,16 +11715,593 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
     return s;
 }
 
+MFT_API int64_t mft_trainer_steps(const mft_trainer *tr) { return tr ? tr->step : 0; }
+
+/* What is due between two steps. */
+static mft_status mft__between_steps(mft_trainer *tr)
+{
+    if (tr->desc.save_steps && tr->step && tr->step % tr->desc.save_steps == 0 && tr->saved_step != tr->step) return mft_trainer_save(tr, NULL);
+    return MFT_OK;
+}
+
 MFT_API mft_status mft_trainer_run(mft_trainer *tr, int64_t n_steps)
 {
-    mft_status s = MFT_OK;
+    mft_status s;
     int64_t    end;
     if (!tr) return MFT_ERR_INVALID_ARGUMENT;
     end = tr->target = tr->step + n_steps;
+    s = mft__between_steps(tr);
     while (s == MFT_OK && tr->step < end) {
         s = mft_trainer_step(tr, NULL);
+        if (s == MFT_OK) s = mft__between_steps(tr);
         if (s == MFT_OK && mft__cancelled(tr->ctx) && tr->step < end) s = mft__fail(tr->ctx, MFT_ERR_CANCELLED, "cancelled after step %lld", (long long)tr->step);
     }
+    return s;
+}
+
+/* ==============================================================================
+ * MARK: - [CHECKPOINT] The trainer in a directory, and back
+ *
+ *   rule  nothing is read into a trainer before all of the checkpoint was found whole and fitting
+ * ============================================================================== */
+static const char mft__state_name[] = "trainer_state.json";
+enum { MFT__CHECKPOINT_FORMAT = 1 };
+
+/* The files of a checkpoint whose length and hash its state has. */
+static int mft__checkpoint_files(const mft_trainer *tr, const char *names[3])
+{
+    int full = tr->model->desc.train_all;
+    names[0] = full ? "config.json" : "adapter_config.json";
+    names[1] = full ? "model.safetensors" : "adapter_model.safetensors";
+    names[2] = "optimizer.safetensors";
+    return 3;
+}
+
+/* A number of the run that a resumed one should have as well, by its name. */
+typedef struct mft__setting { const char *name; double value; } mft__setting;
+enum { MFT__N_SETTINGS = 15 };
+
+static void mft__trainer_settings(const mft_trainer *tr, mft__setting out[MFT__N_SETTINGS])
+{
+    const mft_optimizer_desc *o = &tr->opt->desc;
+    const mft_trainer_desc   *d = &tr->desc;
+    const mft__setting        all[MFT__N_SETTINGS] = {
+        { "optimizer", (double)o->kind }, { "beta1", o->beta1 }, { "beta2", o->beta2 }, { "eps", o->eps }, { "momentum", o->momentum },
+        { "weight_decay", o->weight_decay }, { "max_grad_norm", o->max_grad_norm }, { "learning_rate", d->learning_rate },
+        { "learning_rate_min", d->learning_rate_min }, { "schedule", (double)d->schedule }, { "warmup_steps", (double)tr->warmup },
+        { "total_steps", (double)d->total_steps }, { "micro_batch", (double)d->micro_batch }, { "grad_accum", (double)d->grad_accum },
+        { "decay_all", (double)d->decay_all }
+    };
+    memcpy(out, all, sizeof all);
+}
+
+/* The same for the data. */
+enum { MFT__N_DATA_SETTINGS = 8 };
+static mft_status mft__data_settings(mft_dataset *ds, mft__setting out[MFT__N_DATA_SETTINGS], uint64_t *out_fingerprint)
+{
+    const mft_dataset_desc *d = &ds->corpus->desc;
+    mft_dataset_info info;
+    mft_status       s = mft_dataset_report(ds, &info);
+    const mft__setting all[MFT__N_DATA_SETTINGS] = {
+        { "max_seq_len", (double)d->max_seq_len }, { "seed", (double)d->seed }, { "no_pack", d->no_pack ? 1.0 : 0.0 }, { "no_shuffle", d->no_shuffle ? 1.0 : 0.0 },
+        { "drop_last", d->drop_last ? 1.0 : 0.0 }, { "n_samples", (double)info.n_samples }, { "n_tokens", (double)info.n_tokens },
+        { "n_supervised", (double)info.n_supervised }
+    };
+    memcpy(out, all, sizeof all);
+    *out_fingerprint = info.fingerprint;
+    return s;
+}
+
+/* Hashes of the base's and the tokenizer's files: read once, when a checkpoint first asks for them. */
+static mft_status mft__trainer_identify(mft_trainer *tr)
+{
+    static const char *const tokenizer[] = { "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+                                             "special_tokens_map.json", "added_tokens.json", "chat_template.jinja" };
+    mft_context *ctx = tr->ctx;
+    const char  *path;
+    uint64_t     bytes, hash = 0, base = 0, tok = 0;
+    mft_status   s = MFT_OK;
+    int          i;
+    if (tr->identified) return MFT_OK;
+    for (i = 0; s == MFT_OK && (path = mft_safetensors_shard_path(tr->model->files, i)) != NULL; i++) {
+        s = mft__file_hash(ctx, path, &bytes, &hash);
+        base = mft__data_mix(base, hash);
+    }
+    for (i = -1; s == MFT_OK && i < (int)(sizeof tokenizer / sizeof *tokenizer); i++) {
+        char *file = mft__path_join(ctx, tr->model->dir, i < 0 ? "config.json" : tokenizer[i]);
+        if (!file) return MFT_ERR_OUT_OF_MEMORY;
+        if (mft__file_exists(ctx, file)) {
+            s = mft__file_hash(ctx, file, &bytes, &hash);
+            if (i < 0) base = mft__data_mix(base, hash); else tok = mft__data_mix(mft__data_mix(tok, (uint64_t)i), hash);
+        }
+        mft__strfree(ctx, file);
+    }
+    tr->base_hash = base; tr->tokenizer_hash = tok;
+    tr->identified = s == MFT_OK;
+    return s;
+}
+
+/* ---- saving ---- */
+static void mft__json_write_hex(mft__json_writer *w, const char *key, uint64_t v)     /* JSON's numbers end at 2^53 */
+{
+    char text[20];
+    snprintf(text, sizeof text, "%016llx", (unsigned long long)v);
+    mft__json_write_key(w, key);
+    mft__json_write_string(w, text, -1);
+}
+
+static void mft__json_write_settings(mft__json_writer *w, const mft__setting *settings, int n)
+{
+    int i;
+    for (i = 0; i < n; i++) {
+        double v = settings[i].value;
+        mft__json_write_key(w, settings[i].name);
+        if (v == floor(v) && fabs(v) < 1e15) mft__json_write_integer(w, (int64_t)v); else mft__json_write_number(w, v, 0);
+    }
+}
+
+/* trainer_state.json of a checkpoint whose other files are in dir; freed with mft__strfree. */
+static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **out)
+{
+    mft_context     *ctx = tr->ctx;
+    mft__setting     settings[MFT__N_SETTINGS], data[MFT__N_DATA_SETTINGS];
+    mft__json_writer w;
+    const char      *names[3];
+    uint64_t         bytes, hash, fingerprint = 0;
+    mft_dataset_position at;
+    mft_status       s = MFT_OK;
+    int              i, n = mft__checkpoint_files(tr, names);
+    mft__trainer_settings(tr, settings);
+    mft_dataset_get_position(tr->data, &at);
+    if (tr->data && (s = mft__data_settings(tr->data, data, &fingerprint)) != MFT_OK) return s;
+    mft__json_write_start(&w, ctx, 2);
+    mft__json_write_open(&w, '{');
+    mft__json_write_key(&w, "mft_checkpoint"); mft__json_write_integer(&w, MFT__CHECKPOINT_FORMAT);
+    mft__json_write_key(&w, "global_step");    mft__json_write_integer(&w, tr->step);
+    mft__json_write_key(&w, "passes");         mft__json_write_integer(&w, (int64_t)tr->passes);
+    mft__json_write_hex(&w, "seed", ctx->seed);
+    mft__json_write_key(&w, "epoch");          mft__json_write_integer(&w, at.epoch);
+    mft__json_write_key(&w, "row");            mft__json_write_integer(&w, at.row);
+    mft__json_write_key(&w, "kernels");        mft__json_write_string(&w, mft_kernels_name(ctx), -1);
+    mft__json_write_key(&w, "precision");      mft__json_write_string(&w, ctx->precision == MFT_PRECISION_BF16 ? "bf16" : "f32", -1);
+    mft__json_write_key(&w, "settings");
+    mft__json_write_open(&w, '{');
+    mft__json_write_settings(&w, settings, MFT__N_SETTINGS);
+    mft__json_write_close(&w, '}');
+    mft__json_write_key(&w, "base");
+    mft__json_write_open(&w, '{');
+    mft__json_write_key(&w, "path");           mft__json_write_string(&w, tr->model->dir, -1);
+    mft__json_write_key(&w, "model_type");     mft__json_write_string(&w, tr->model->config.model_type, -1);
+    mft__json_write_hex(&w, "hash", tr->base_hash);
+    mft__json_write_hex(&w, "tokenizer_hash", tr->tokenizer_hash);
+    mft__json_write_close(&w, '}');
+    mft__json_write_key(&w, "adapter");
+    if (tr->model->active >= 0) {
+        const mft__adapter *a = tr->model->adapters[tr->model->active];
+        mft__json_write_open(&w, '{');
+        mft__json_write_key(&w, "r");              mft__json_write_integer(&w, a->rank);
+        mft__json_write_key(&w, "lora_alpha");     mft__json_write_number(&w, (double)a->alpha, 0);
+        mft__json_write_key(&w, "lora_dropout");   mft__json_write_number(&w, (double)a->dropout, 0);
+        mft__json_write_key(&w, "use_rslora");     mft__json_write_integer(&w, a->use_rslora != 0);
+        mft__json_write_key(&w, "use_dora");       mft__json_write_integer(&w, a->use_dora != 0);
+        mft__json_write_key(&w, "target_modules"); mft__json_write_string(&w, a->targets, -1);
+        mft__json_write_close(&w, '}');
+    } else mft__json_write_word(&w, "null");
+    mft__json_write_key(&w, "data");
+    if (tr->data) {
+        mft__json_write_open(&w, '{');
+        mft__json_write_settings(&w, data, MFT__N_DATA_SETTINGS);
+        mft__json_write_hex(&w, "fingerprint", fingerprint);
+        mft__json_write_close(&w, '}');
+    } else mft__json_write_word(&w, "null");
+    mft__json_write_key(&w, "files");
+    mft__json_write_open(&w, '{');
+    for (i = 0; i < n && s == MFT_OK; i++) {
+        char *path = mft__path_join(ctx, dir, names[i]);
+        s = path ? mft__file_hash(ctx, path, &bytes, &hash) : MFT_ERR_OUT_OF_MEMORY;
+        mft__strfree(ctx, path);
+        mft__json_write_key(&w, names[i]);
+        mft__json_write_open(&w, '{');
+        mft__json_write_key(&w, "bytes"); mft__json_write_integer(&w, (int64_t)bytes);
+        mft__json_write_hex(&w, "hash", hash);
+        mft__json_write_close(&w, '}');
+    }
+    mft__json_write_close(&w, '}');
+    mft__json_write_close(&w, '}');
+    if (s != MFT_OK) { mft__json_write_free(&w); return s; }
+    *out = mft__json_write_take(&w);
+    return *out ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+/* The optimizer's tensors as files have them; freed with mft__free(ctx, list, n * sizeof *list). NULL: no memory. */
+static mft_tensor *mft__optimizer_tensors(mft_trainer *tr, int *out_n)
+{
+    int          i, n = mft_optimizer_state(tr->opt, NULL, 0);
+    mft_tensor **list = (mft_tensor **)mft__alloc(tr->ctx, (size_t)n * sizeof *list);
+    mft_tensor  *stored = list ? (mft_tensor *)mft__alloc(tr->ctx, (size_t)n * sizeof *stored) : NULL;
+    if (stored) mft_optimizer_state(tr->opt, list, n);
+    for (i = 0; stored && i < n; i++) stored[i] = mft__as_stored(list[i]);
+    if (list) mft__free(tr->ctx, list, (size_t)n * sizeof *list);
+    *out_n = n;
+    return stored;
+}
+
+static mft_status mft__optimizer_write(mft_trainer *tr, const char *dir)
+{
+    mft_context *ctx = tr->ctx;
+    int          i, n = 0;
+    char        *path = mft__path_join(ctx, dir, "optimizer.safetensors");
+    mft_tensor  *stored = mft__optimizer_tensors(tr, &n), **list = stored ? (mft_tensor **)mft__alloc(ctx, (size_t)n * sizeof *list) : NULL;
+    mft_status   s = path && list ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+    for (i = 0; list && i < n; i++) list[i] = &stored[i];
+    if (s == MFT_OK) s = mft_safetensors_save(ctx, path, list, n, NULL);
+    if (list) mft__free(ctx, list, (size_t)n * sizeof *list);
+    if (stored) mft__free(ctx, stored, (size_t)n * sizeof *stored);
+    mft__strfree(ctx, path);
+    return s;
+}
+
+/* Is this a directory that a checkpoint was written to? Negative: no memory to say. */
+static int mft__is_checkpoint(mft_context *ctx, const char *dir)
+{
+    char *state = mft__path_join(ctx, dir, mft__state_name), *opt = mft__path_join(ctx, dir, "optimizer.safetensors");
+    int   is = state && opt ? mft__file_exists(ctx, state) && mft__file_exists(ctx, opt) : -1;
+    mft__strfree(ctx, state);
+    mft__strfree(ctx, opt);
+    return is;
+}
+
+/* The step that "checkpoint-STEP" names; -1 if it is no such name. */
+static int64_t mft__checkpoint_step(const char *name)
+{
+    char     *end;
+    long long n;
+    if (strncmp(name, "checkpoint-", 11) != 0 || name[11] < '0' || name[11] > '9' || strlen(name) > 29) return -1;
+    n = strtoll(name + 11, &end, 10);
+    return *end ? -1 : n;
+}
+
+/* Steps of the checkpoints in dir: the lowest above `above`, or the highest; -1: there is none. */
+static mft_status mft__checkpoint_find(mft_context *ctx, const char *dir, int highest, int64_t above, int64_t *out_step, int *out_n)
+{
+    char     **names = NULL;
+    size_t     i, n = 0;
+    mft_status s = mft__dir_list(ctx, dir, "", &names, &n);
+    *out_step = -1; *out_n = 0;
+    for (i = 0; i < n && s == MFT_OK; i++) {
+        int64_t step = mft__checkpoint_step(names[i]);
+        char   *path = step >= 0 ? mft__path_join(ctx, dir, names[i]) : NULL;
+        int     is = path ? mft__is_checkpoint(ctx, path) : step >= 0 ? -1 : 0;
+        if (is < 0) s = MFT_ERR_OUT_OF_MEMORY;
+        if (is > 0) {
+            ++*out_n;
+            if (highest ? step > *out_step : step > above && (*out_step < 0 || step < *out_step)) *out_step = step;
+        }
+        mft__strfree(ctx, path);
+    }
+    mft__dir_list_free(ctx, names, n);
+    return s;
+}
+
+/* DIR/checkpoint-STEP; freed with mft__strfree. */
+static char *mft__checkpoint_path(mft_context *ctx, const char *dir, int64_t step)
+{
+    char name[40];
+    snprintf(name, sizeof name, "checkpoint-%lld", (long long)step);
+    return mft__path_join(ctx, dir, name);
+}
+
+/* Removes the oldest checkpoints above the limit, each at once: it is renamed first. */
+static void mft__checkpoints_rotate(mft_trainer *tr)
+{
+    mft_context *ctx = tr->ctx;
+    int64_t      step = -1;
+    int          n;
+    while (tr->desc.save_total_limit && mft__checkpoint_find(ctx, tr->save_dir, 0, step, &step, &n) == MFT_OK && step >= 0 && n > tr->desc.save_total_limit) {
+        char *path = step == tr->step ? NULL : mft__checkpoint_path(ctx, tr->save_dir, step);
+        char *gone = path ? (char *)mft__alloc(ctx, strlen(path) + 32) : NULL;
+        if (gone) {
+            size_t bytes = strlen(path) + 32;
+            snprintf(gone, bytes, "%s.tmp-%ld-0", path, mft__os_process());
+            if (mft__os_rename(path, gone)) mft__dir_remove(ctx, gone);
+            mft__free(ctx, gone, bytes);
+        }
+        mft__strfree(ctx, path);
+    }
+}
+
+static mft_status mft__checkpoint_write(mft_trainer *tr, const char *dir)
+{
+    mft_context *ctx = tr->ctx;
+    char        *text = NULL, *path = mft__path_join(ctx, dir, mft__state_name);
+    mft_status   s = path ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK) s = tr->model->desc.train_all ? mft__model_write(tr->model, dir, 1) : mft__lora_write(tr->model, dir);
+    if (s == MFT_OK) s = mft__optimizer_write(tr, dir);
+    if (s == MFT_OK) s = mft__trainer_state(tr, dir, &text);
+    if (s == MFT_OK) s = mft__file_write_all(ctx, path, text, strlen(text));
+    mft__strfree(ctx, text);
+    mft__strfree(ctx, path);
+    return s;
+}
+
+MFT_API mft_status mft_trainer_save(mft_trainer *tr, const char *dir)
+{
+    mft_context *ctx;
+    mft__new_dir place;
+    char        *path, **names = NULL;
+    size_t       n = 0;
+    mft_status   s;
+    if (!tr) return MFT_ERR_INVALID_ARGUMENT;
+    ctx = tr->ctx;
+    if (!dir && !tr->save_dir) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_save: neither a directory nor the trainer's save_dir");
+    if (!tr->model->desc.train_all && tr->model->active < 0) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_save: no adapter is active");
+    path = dir ? mft__strdup(ctx, dir) : mft__checkpoint_path(ctx, tr->save_dir, tr->step);
+    if (!path) return MFT_ERR_OUT_OF_MEMORY;
+    if (!dir) mft__remove_leftovers(ctx, tr->save_dir, "checkpoint-");
+    s = mft__file_kind(path) == MFT__DIRECTORY && mft__is_checkpoint(ctx, path) == 0 ? mft__dir_list(ctx, path, "", &names, &n) : MFT_OK;
+    mft__dir_list_free(ctx, names, n);
+    if (s == MFT_OK && n) s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: is a directory that holds something else than a checkpoint", mft__path(path));
+    if (s == MFT_OK) s = mft__trainer_identify(tr);
+    if (s == MFT_OK) s = mft__new_dir_begin(ctx, path, 1, &place);
+    mft__strfree(ctx, path);
+    if (s != MFT_OK) return s;
+    s = mft__checkpoint_write(tr, place.work);
+    if (s == MFT_OK) s = mft__new_dir_commit(&place); else mft__new_dir_abort(&place);
+    if (s == MFT_OK && !dir) { tr->saved_step = tr->step; mft__checkpoints_rotate(tr); }
+    return s;
+}
+
+/* ---- resuming ---- */
+
+/* What is being resumed from. */
+typedef struct mft__resume { mft_trainer *tr; char *dir; mft_json *state; } mft__resume;
+
+/* "DIR: " before the sentence. */
+static mft_status mft__refuse(const mft__resume *r, const char *format, ...) MFT__PRINTF(2, 3);
+static mft_status mft__refuse(const mft__resume *r, const char *format, ...)
+{
+    char    text[600];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return mft__fail(r->tr->ctx, MFT_ERR_INVALID_ARGUMENT, "%s: %s", mft__path(r->dir), text);
+}
+
+static uint64_t mft__json_hex(const mft_json *node)
+{
+    const char *text = mft_json_string(node, NULL);
+    return text ? (uint64_t)strtoull(text, NULL, 16) : 0;
+}
+
+/* r->dir = DIR itself, what a kill in the middle of replacing it left, or the latest checkpoint in it. */
+static mft_status mft__resume_find(mft__resume *r, const char *dir)
+{
+    mft_context *ctx = r->tr->ctx;
+    size_t       bytes = strlen(dir) + 16;
+    char        *old = (char *)mft__alloc(ctx, bytes);
+    int64_t      step = -1;
+    int          n, is = -1;
+    mft_status   s = MFT_OK;
+    if (old) {
+        snprintf(old, bytes, "%s.tmp-old", dir);
+        if (mft__file_kind(dir) != MFT__NO_PATH || mft__is_checkpoint(ctx, old) <= 0) snprintf(old, bytes, "%s", dir);
+        is = mft__is_checkpoint(ctx, old);
+    }
+    if (is == 0 && mft__file_kind(dir) == MFT__DIRECTORY) s = mft__checkpoint_find(ctx, dir, 1, -1, &step, &n);
+    if (is < 0) s = MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK && !(r->dir = step >= 0 ? mft__checkpoint_path(ctx, dir, step) : mft__strdup(ctx, old))) s = MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK && !is && step < 0)
+        s = mft__fail(ctx, MFT_ERR_IO, "%s: no checkpoint: neither %s and optimizer.safetensors nor a checkpoint-STEP directory with them is there", mft__path(dir), mft__state_name);
+    if (old) mft__free(ctx, old, bytes);
+    return s;
+}
+
+/* Every file has the bytes it was written with. */
+static mft_status mft__resume_files(mft__resume *r)
+{
+    mft_context    *ctx = r->tr->ctx;
+    const char     *names[3];
+    int             i, n = mft__checkpoint_files(r->tr, names);
+    mft_status      s = MFT_OK;
+    for (i = 0; i < n && s == MFT_OK; i++) {
+        const mft_json *f = mft_json_get(mft_json_get(r->state, "files"), names[i]);
+        char           *path = mft__path_join(ctx, r->dir, names[i]);
+        uint64_t        bytes = 0, hash = 0, wanted = (uint64_t)mft_json_integer(mft_json_get(f, "bytes"), -1);
+        if (!path) return MFT_ERR_OUT_OF_MEMORY;
+        if (!mft__file_exists(ctx, path)) s = mft__fail(ctx, MFT_ERR_IO, "%s: is missing from the checkpoint", mft__path(path));
+        if (s == MFT_OK) s = mft__file_hash(ctx, path, &bytes, &hash);
+        if (s == MFT_OK && bytes != wanted)
+            s = mft__fail(ctx, MFT_ERR_FORMAT, "%s: has %llu bytes, the checkpoint was saved with %lld", mft__path(path), (unsigned long long)bytes, (long long)wanted);
+        if (s == MFT_OK && hash != mft__json_hex(mft_json_get(f, "hash")))
+            s = mft__fail(ctx, MFT_ERR_FORMAT, "%s: its bytes are not those the checkpoint was saved with", mft__path(path));
+        mft__strfree(ctx, path);
+    }
+    return s;
+}
+
+static mft_status mft__resume_base(const mft__resume *r)
+{
+    const mft_json *base = mft_json_get(r->state, "base");
+    const char     *type = mft_json_string(mft_json_get(base, "model_type"), NULL), *path = mft_json_string(mft_json_get(base, "path"), NULL);
+    const mft_model *m = r->tr->model;
+    if (!type || strcmp(type, m->config.model_type)) return mft__refuse(r, "the checkpoint's base is a %.40s, this one, %.200s, a %s", type ? type : "?", m->dir, m->config.model_type);
+    if (mft__json_hex(mft_json_get(base, "hash")) != r->tr->base_hash)
+        return mft__refuse(r, "the base is another one: %.200s has not the files that %.200s had when the checkpoint was saved", m->dir, path ? path : "?");
+    if (mft__json_hex(mft_json_get(base, "tokenizer_hash")) != r->tr->tokenizer_hash)
+        return mft__refuse(r, "the tokenizer is another one: %.200s has not the tokenizer files that %.200s had", m->dir, path ? path : "?");
+    return MFT_OK;
+}
+
+static mft_status mft__resume_adapter(const mft__resume *r)
+{
+    const mft_json  *node = mft_json_get(r->state, "adapter");
+    const mft_model *m = r->tr->model;
+    const mft__adapter *a = m->active >= 0 ? m->adapters[m->active] : NULL;
+    int              i;
+    if (!a != (mft_json_type(node) != MFT_JSON_OBJECT))
+        return mft__refuse(r, a ? "the checkpoint is of full fine-tuning, this run trains an adapter" : "the checkpoint is of an adapter, this run trains all weights");
+    if (a) {
+        mft__setting has[5];
+        has[0].name = "r";            has[0].value = a->rank;
+        has[1].name = "lora_alpha";   has[1].value = (double)a->alpha;
+        has[2].name = "lora_dropout"; has[2].value = (double)a->dropout;
+        has[3].name = "use_rslora";   has[3].value = a->use_rslora != 0;
+        has[4].name = "use_dora";     has[4].value = a->use_dora != 0;
+        for (i = 0; i < 5; i++) {
+            double was = mft_json_number(mft_json_get(node, has[i].name), -1);
+            if (was != has[i].value) return mft__refuse(r, "the checkpoint's %s is %g, this adapter's %g", i ? has[i].name : "rank", was, has[i].value);
+        }
+    }
+    return MFT_OK;
+}
+
+static mft_status mft__resume_data(const mft__resume *r)
+{
+    const mft_json *node = mft_json_get(r->state, "data");
+    mft__setting    has[MFT__N_DATA_SETTINGS];
+    uint64_t        fingerprint;
+    mft_status      s;
+    int             i;
+    if (!r->tr->data) return MFT_OK;
+    if (mft_json_type(node) != MFT_JSON_OBJECT) return mft__refuse(r, "the checkpoint's trainer had no dataset, this one has");
+    if ((s = mft__data_settings(r->tr->data, has, &fingerprint)) != MFT_OK) return s;
+    for (i = 0; i < MFT__N_DATA_SETTINGS; i++) {
+        double was = mft_json_number(mft_json_get(node, has[i].name), -1);
+        if (was != has[i].value) return mft__refuse(r, "the data is not the checkpoint's: its %s was %.0f, now it is %.0f", has[i].name, was, has[i].value);
+    }
+    if (mft__json_hex(mft_json_get(node, "fingerprint")) != fingerprint)
+        return mft__refuse(r, "the data is not the checkpoint's: as many tokens, but other ones, or others of them are trained on");
+    return MFT_OK;
+}
+
+/* Settings that may differ, if the user knows. */
+static mft_status mft__resume_settings(const mft__resume *r)
+{
+    mft_context    *ctx = r->tr->ctx;
+    const mft_json *node = mft_json_get(r->state, "settings");
+    const char     *kernels = mft_json_string(mft_json_get(r->state, "kernels"), NULL);
+    mft__setting    has[MFT__N_SETTINGS];
+    int             i;
+    mft__trainer_settings(r->tr, has);
+    for (i = 0; i < MFT__N_SETTINGS; i++) {
+        double was = mft_json_number(mft_json_get(node, has[i].name), -1);
+        if (was == has[i].value) continue;
+        if (i == 0) return mft__refuse(r, "the checkpoint's optimizer is another one: its moments do not fit");
+        mft__log(ctx, MFT_LOG_WARNING, "%s: %s was %g, now it is %g: the run will not be the one it would have been", mft__path(r->dir), has[i].name, was, has[i].value);
+    }
+    if (!kernels || strcmp(kernels, mft_kernels_name(ctx)))
+        mft__log(ctx, MFT_LOG_WARNING, "%s: was trained with kernels %s, now %s: the last bits will differ", mft__path(r->dir), kernels ? kernels : "?", mft_kernels_name(ctx));
+    return MFT_OK;
+}
+
+/* Opens DIR/NAME and sees whether it has exactly the n tensors, as files have them. */
+static mft_status mft__resume_tensors(const mft__resume *r, const char *name, const mft_tensor *stored, int n, mft_safetensors **out)
+{
+    mft_context *ctx = r->tr->ctx;
+    char        *path = mft__path_join(ctx, r->dir, name);
+    size_t       count = 0;
+    mft_status   s = path ? mft_safetensors_open(ctx, path, out) : MFT_ERR_OUT_OF_MEMORY;
+    int          i, missing = 0;
+    if (s == MFT_OK) mft_safetensors_entries(*out, &count);
+    for (i = 0; i < n && s == MFT_OK; i++) {
+        const mft_safetensors_entry *e = mft_safetensors_find(*out, stored[i].name);
+        if (!e) { missing++; continue; }
+        if (e->dtype != stored[i].dtype || e->ndim != stored[i].ndim || memcmp(e->shape, stored[i].shape, (size_t)e->ndim * sizeof *e->shape))
+            s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: %s has another shape than in this run", mft__path(path), stored[i].name);
+    }
+    if (s == MFT_OK && (missing || count != (size_t)n)) {
+        const mft_model *m = r->tr->model;
+        const char      *was = mft_json_string(mft_json_get(mft_json_get(r->state, "adapter"), "target_modules"), NULL);
+        s = mft__refuse(r, "the checkpoint's target_modules are %.200s, this run's %.200s", was ? was : "another model's",
+                        m->active >= 0 ? m->adapters[m->active]->targets : "all");
+    }
+    mft__strfree(ctx, path);
+    return s;
+}
+
+static mft_status mft__resume_read(mft_safetensors *st, mft_tensor *stored, int n)
+{
+    mft_status s = MFT_OK;
+    int        i;
+    for (i = 0; i < n && s == MFT_OK; i++) s = mft_safetensors_read(st, mft_safetensors_find(st, stored[i].name), &stored[i]);
+    return s;
+}
+
+/* The trained tensors as files have them; like mft__optimizer_tensors. */
+static mft_tensor *mft__trained_tensors(mft_trainer *tr)
+{
+    mft_tensor *stored = (mft_tensor *)mft__alloc(tr->ctx, (size_t)tr->n_params * sizeof *stored);
+    int         i, k;
+    for (i = 0; stored && i < tr->n_params; i++) {
+        stored[i] = mft__as_stored(tr->params[i]);
+        for (k = 0; tr->model->desc.train_all && k < tr->model->n_params; k++)
+            if (tr->model->params[k].t == tr->params[i]) stored[i].name = tr->model->params[k].name;
+    }
+    return stored;
+}
+
+/* All tensors, once everything else has been found to fit. */
+static mft_status mft__resume_weights(const mft__resume *r)
+{
+    mft_trainer     *tr = r->tr;
+    mft_context     *ctx = tr->ctx;
+    mft_safetensors *weights = NULL, *moments = NULL;
+    int              n = 0;
+    mft_tensor      *trained = mft__trained_tensors(tr), *state = mft__optimizer_tensors(tr, &n);
+    mft_status       s = trained && state ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK) s = mft__resume_tensors(r, tr->model->desc.train_all ? "model.safetensors" : "adapter_model.safetensors", trained, tr->n_params, &weights);
+    if (s == MFT_OK) s = mft__resume_tensors(r, "optimizer.safetensors", state, n, &moments);
+    if (s == MFT_OK) s = mft__resume_read(weights, trained, tr->n_params);
+    if (s == MFT_OK) s = mft__resume_read(moments, state, n);
+    mft_safetensors_close(weights);
+    mft_safetensors_close(moments);
+    if (trained) mft__free(ctx, trained, (size_t)tr->n_params * sizeof *trained);
+    if (state) mft__free(ctx, state, (size_t)n * sizeof *state);
+    return s;
+}
+
+/* What trainer_state.json says about where the run is. */
+static mft_status mft__resume_state(const mft__resume *r)
+{
+    mft_trainer         *tr = r->tr;
+    mft_dataset_position at;
+    mft_status           s;
+    int64_t step   = mft_json_integer(mft_json_get(r->state, "global_step"), -1);
+    int64_t passes = mft_json_integer(mft_json_get(r->state, "passes"), -1);
+    at.epoch = mft_json_integer(mft_json_get(r->state, "epoch"), -1);
+    at.row   = mft_json_integer(mft_json_get(r->state, "row"), -1);
+    if (step < 0 || passes < 0 || at.epoch < 0 || at.row < 0) return mft__fail(tr->ctx, MFT_ERR_FORMAT, "%s: %s does not say at which step and place it was saved", mft__path(r->dir), mft__state_name);
+    if (tr->data && (s = mft_dataset_set_position(tr->data, &at)) != MFT_OK) return s;
+    tr->step = tr->saved_step = step; tr->passes = (uint64_t)passes;
+    tr->ctx->seed = mft__json_hex(mft_json_get(r->state, "seed"));
+    return MFT_OK;
+}
+
+MFT_API mft_status mft_trainer_resume(mft_trainer *tr, const char *dir)
+{
+    mft__resume r;
+    char       *path = NULL;
+    mft_status  s;
+    if (!tr || !dir) return MFT_ERR_INVALID_ARGUMENT;
+    memset(&r, 0, sizeof r);
+    r.tr = tr;
+    s = mft__resume_find(&r, dir);
+    if (s == MFT_OK && !(path = mft__path_join(tr->ctx, r.dir, mft__state_name))) s = MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK) s = mft_json_load(tr->ctx, path, &r.state);
+    if (s == MFT_OK && mft_json_integer(mft_json_get(r.state, "mft_checkpoint"), 0) != MFT__CHECKPOINT_FORMAT)
+        s = mft__fail(tr->ctx, MFT_ERR_UNSUPPORTED, "%s: is no checkpoint of this library, or of another version of it", mft__path(path));
+    if (s == MFT_OK) s = mft__trainer_identify(tr);
+    if (s == MFT_OK) s = mft__resume_base(&r);
+    if (s == MFT_OK) s = mft__resume_adapter(&r);
+    if (s == MFT_OK) s = mft__resume_data(&r);
+    if (s == MFT_OK) s = mft__resume_files(&r);
+    if (s == MFT_OK) s = mft__resume_settings(&r);
+    if (s == MFT_OK) s = mft__resume_weights(&r);
+    if (s == MFT_OK) s = mft__resume_state(&r);
+    mft_json_destroy(r.state);
+    mft__strfree(tr->ctx, path);
+    mft__strfree(tr->ctx, r.dir);
     return s;
 }
 

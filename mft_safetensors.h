@@ -126,7 +126,7 @@ MFT_API const void *mft_safetensors_map (mft_safetensors *st, const mft_safetens
  *
  *   Bytes go to a temporary neighbour (PATH.tmp-*), which is flushed, synced and renamed: a crash or
  *   a full disk leaves the old file or the new one. Only a kill in the middle can leave the neighbour
- *   behind, and it may be deleted. The layout is the reference's: sorted by dtype and name, aligned.
+ *   behind; the next save to that path removes it. The layout is the reference's: sorted by dtype and name, aligned.
  * ============================================================================== */
 
 /* Named tensors of any strides. metadata: key, value, .., NULL; NULL means "format", "pt", which
@@ -186,6 +186,7 @@ MFT_API void       mft_safetensors_write_abort (mft_safetensors_writer *w);
 #  endif
 #else
 #  include <dirent.h>
+#  include <sys/file.h>
 #  include <unistd.h>
 #  ifndef MFT_NO_MMAP
 #    include <sys/mman.h>
@@ -246,6 +247,7 @@ static int64_t mft__os_write(int fd, const void *src, size_t bytes)      { retur
 static int     mft__os_sync (int fd)                                     { return _commit(fd) == 0; }
 static int     mft__os_close(int fd)                                     { return _close(fd) == 0; }
 static long    mft__os_process(void)                                     { return (long)_getpid(); }
+MFT__UNUSED static int mft__os_hold(const char *dir)                            { (void)dir; return -1; }
 
 static int mft__os_remove(const char *path)
 {
@@ -266,6 +268,19 @@ static int mft__os_make_dir(const char *path)
 {
     mft__wide w;
     return mft__widen(path, &w) && _wmkdir(w.s) == 0;
+}
+
+static int mft__os_remove_dir(const char *path)
+{
+    mft__wide w;
+    return mft__widen(path, &w) && _wrmdir(w.s) == 0;
+}
+
+/* A file that some process has open cannot be removed, so trying is asking; who writes a directory is not known. */
+static int mft__os_abandoned(const char *path)
+{
+    uint64_t bytes;
+    return mft__os_kind(path, &bytes) == MFT__FILE;
 }
 
 static int mft__os_sync_dir(const char *path) { (void)path; return 1; }   /* MOVEFILE_WRITE_THROUGH has done it */
@@ -324,7 +339,26 @@ static int mft__os_open(const char *path, mft__open_mode mode)
     flags |= O_CLOEXEC;
 #  endif
     do fd = open(path, flags, 0666); while (fd < 0 && errno == EINTR);
+    if (fd >= 0 && mode == MFT__OPEN_NEW) flock(fd, LOCK_EX | LOCK_NB);     /* in use, as long as we live: see mft__os_abandoned */
     return fd;
+}
+
+/* Marks a directory as in use until the descriptor is closed; -1 where that cannot be done. */
+MFT__UNUSED static int mft__os_hold(const char *dir)
+{
+    int fd = mft__os_open(dir, MFT__OPEN_READ);
+    if (fd >= 0) flock(fd, LOCK_EX | LOCK_NB);
+    return fd;
+}
+
+/* Has the process that made this temporary file or directory ended? Its lock ended with it, whatever became of its number. */
+static int mft__os_abandoned(const char *path)
+{
+    int ended, fd = mft__os_open(path, MFT__OPEN_READ);
+    if (fd < 0) return 0;
+    ended = flock(fd, LOCK_SH | LOCK_NB) == 0;
+    close(fd);
+    return ended;
 }
 
 static int     mft__os_seek (int fd, uint64_t at)                        { return lseek(fd, (off_t)at, SEEK_SET) >= 0; }
@@ -336,6 +370,7 @@ static long    mft__os_process(void)                                     { retur
 static int     mft__os_remove(const char *path)                          { return remove(path) == 0; }
 static int     mft__os_rename(const char *from, const char *to)          { return rename(from, to) == 0; }
 static int     mft__os_make_dir(const char *path)                        { return mkdir(path, 0777) == 0; }
+static int     mft__os_remove_dir(const char *path)                      { return rmdir(path) == 0; }
 static int     mft__is_separator(char c)                                 { return c == '/'; }
 
 /* So that the rename itself is on the disk. Directories that cannot be opened or synced (some file
@@ -367,6 +402,14 @@ static void mft__os_list_end(mft__listing *l) { closedir(l->dir); }
 #endif
 
 /* ---- paths ---- */
+
+/* Behind the last separator. */
+static const char *mft__file_name(const char *path)
+{
+    const char *p = path + strlen(path);
+    while (p > path && !mft__is_separator(p[-1])) p--;
+    return p;
+}
 
 /* DIR/NAME; freed with mft__strfree. NULL with the sentence set. */
 MFT__UNUSED static char *mft__path_join(mft_context *ctx, const char *dir, const char *name)
@@ -509,6 +552,53 @@ MFT__UNUSED static mft_status mft__dir_list(mft_context *ctx, const char *dir, c
     return s;
 }
 
+/* Removes a directory of ours with the files in it; what lies in directories below stays. */
+MFT__UNUSED static void mft__dir_remove(mft_context *ctx, const char *dir)
+{
+    mft__listing l;
+    const char  *name;
+    if (!mft__os_list(dir, &l)) return;
+    while ((name = mft__os_list_next(&l)) != NULL) {
+        char *path = mft__path_join(ctx, dir, name);
+        if (path && mft__file_kind(path) != MFT__DIRECTORY) mft__os_remove(path);
+        mft__strfree(ctx, path);
+    }
+    mft__os_list_end(&l);
+    mft__os_remove_dir(dir);
+}
+
+/* Is the name PREFIX*.tmp-PROCESS-NUMBER, as temporary neighbours are called? */
+static int mft__is_temporary(const char *name, const char *prefix, size_t n_prefix)
+{
+    const char *p = NULL, *at = name;
+    int         parts;
+    if (strncmp(name, prefix, n_prefix) != 0) return 0;
+    while ((at = strstr(at, ".tmp-")) != NULL) { p = at; at += 5; }      /* the last one */
+    if (!p || (size_t)(p - name) < n_prefix) return 0;
+    for (parts = 0, p += 4; parts < 2; parts++) {
+        if (*p++ != '-' || *p < '0' || *p > '9') return 0;
+        while (*p >= '0' && *p <= '9') p++;
+    }
+    return !*p;
+}
+
+/* Removes what killed processes left in `dir` of things whose names begin so. That it cannot is no failure. */
+static void mft__remove_leftovers(mft_context *ctx, const char *dir, const char *prefix)
+{
+    mft__listing l;
+    const char  *name;
+    size_t       n = strlen(prefix);
+    if (!mft__os_list(dir, &l)) return;
+    while ((name = mft__os_list_next(&l)) != NULL) {
+        char *path = mft__is_temporary(name, prefix, n) ? mft__path_join(ctx, dir, name) : NULL;
+        if (path && mft__os_abandoned(path)) {
+            if (mft__file_kind(path) == MFT__DIRECTORY) mft__dir_remove(ctx, path); else mft__os_remove(path);
+        }
+        mft__strfree(ctx, path);
+    }
+    mft__os_list_end(&l);
+}
+
 /* ---- reading ---- */
 typedef struct mft__file {
     mft_context *ctx;
@@ -596,6 +686,34 @@ static mft_status mft__file_read_all(mft_context *ctx, const char *path, size_t 
     return MFT_OK;
 }
 
+/* A file's length and a hash of its bytes, to tell whether it is still the same one. */
+MFT__UNUSED static mft_status mft__file_hash(mft_context *ctx, const char *path, uint64_t *out_bytes, uint64_t *out_hash)
+{
+    enum { PART = 1 << 16 };
+    mft__file      f;
+    unsigned char *part;
+    uint64_t       at, h = 0x9e3779b97f4a7c15u, word;
+    size_t         n = 0, i;
+    mft_status     s = mft__file_open(ctx, path, &f);
+    if (s != MFT_OK) return s;
+    part = (unsigned char *)mft__alloc(ctx, PART);
+    if (!part) s = MFT_ERR_OUT_OF_MEMORY;
+    for (at = 0; s == MFT_OK && at < f.bytes; at += n) {
+        n = f.bytes - at < PART ? (size_t)(f.bytes - at) : (size_t)PART;
+        memset(part + n, 0, n % 8 ? 8 - n % 8 : 0);
+        s = mft__file_read(&f, at, part, n);
+        for (i = 0; s == MFT_OK && i < n; i += 8) {
+            memcpy(&word, part + i, 8);
+            h = (h ^ word) * 0xff51afd7ed558ccdu;
+            h ^= h >> 32;
+        }
+    }
+    *out_bytes = f.bytes; *out_hash = h ^ f.bytes;
+    if (part) mft__free(ctx, part, PART);
+    mft__file_close(&f);
+    return s;
+}
+
 /* ---- mapping ---- */
 #ifndef MFT_NO_MMAP
 
@@ -677,7 +795,8 @@ static mft_status mft__writer_begin(mft_context *ctx, const char *path, mft__wri
     w->temp   = w->dir  ? (char *)mft__alloc(ctx, w->temp_bytes) : NULL;
     w->buffer = w->temp ? (char *)mft__alloc(ctx, MFT__WRITER_BUFFER) : NULL;
     if (!w->buffer) { mft__writer_end(w); return MFT_ERR_OUT_OF_MEMORY; }
-    for (k = 0; k < 100 && w->fd < 0; k++) {                         /* a killed run may have left some behind */
+    mft__remove_leftovers(ctx, w->dir, mft__file_name(path));
+    for (k = 0; k < 100 && w->fd < 0; k++) {                         /* a living process may be writing the same file */
         snprintf(w->temp, w->temp_bytes, "%s.tmp-%ld-%d", path, mft__os_process(), k);
         w->fd  = mft__os_open(w->temp, MFT__OPEN_NEW);
         reason = errno;
@@ -2303,13 +2422,6 @@ static mft_status mft__shards_open(mft_safetensors *st, const char *dir, const c
 static int mft__plain_name(const char *name, size_t bytes)
 {
     return bytes > 0 && bytes < 256 && strlen(name) == bytes && !strpbrk(name, "/\\:") && strcmp(name, ".") != 0 && strcmp(name, "..") != 0;
-}
-
-static const char *mft__file_name(const char *path)
-{
-    const char *p = path + strlen(path);
-    while (p > path && !mft__is_separator(p[-1])) p--;
-    return p;
 }
 
 static mft_status mft__index_open(mft_safetensors *st, const char *path)

@@ -379,14 +379,50 @@ static void test_other_commands(void)
     }
 }
 
-/* SIGINT in the middle: 130, a word on stderr, no adapter. */
-static void test_interrupt(void)
+/* Stopped by a limit on steps that is then raised, or by its checkpoint, a run goes on as if it had not been. */
+static void test_resume(void)
+{
+    static const char flags[] = "finetune --model @/q --data @/text.txt --seq-len 8 --batch-size 2 --lora-dropout 0.1 --lr 1e-2 --max-steps 12 --lr-scheduler constant --json ";
+    char     line[600];
+    size_t   a = 0, b = 0;
+    char    *x, *y, *log;
+    mft_json *j;
+    snprintf(line, sizeof line, "%s --output @/whole", flags);
+    CHECK(run(line) == 0);
+    snprintf(line, sizeof line, "%s --output @/parts --checkpoint-save-steps 5 --checkpoint_save_dir @/saved --save-total-limit 1 --log @/parts.log", flags);
+    CHECK(run(line) == 0 && test_file_exists(in_room("saved/checkpoint-10/trainer_state.json")) && !test_file_exists(in_room("saved/checkpoint-5/trainer_state.json")));
+    log = test_read_file(in_room("parts.log"), &a);
+    write_file(in_room("parts.log"), log, a - 20);              /* cut, as a kill may leave it */
+    free(log);
+    CHECK(unlink(in_room("parts/adapter_model.safetensors")) == 0);
+    snprintf(line, sizeof line, "%s --output @/parts --checkpoint-save-dir @/saved --resume-from latest --threads 1 --log @/parts.log", flags);
+    CHECK_MSG(run(line) == 0, "%s", err);
+    j = one_object(out, "steps train_loss eval_loss eval_perplexity tokens_per_second peak_rss_bytes trainable_parameters output");
+    CHECK(number(j, "steps") == 12);
+    mft_json_destroy(j);
+    x = test_read_file(in_room("whole/adapter_model.safetensors"), &a); y = test_read_file(in_room("parts/adapter_model.safetensors"), &b);
+    CHECK(x && y && a == b && !memcmp(x, y, a));
+    free(x); free(y);
+    log = test_read_file(in_room("parts.log"), NULL);
+    for (x = log, a = 0; x && (y = strchr(x, '\n')) != NULL; x = y + 1) CHECK(strtol(x + 8, NULL, 10) == (long)++a);
+    CHECK_MSG(a == 12 && x && !*x, "%s", log);
+    free(log);
+    snprintf(line, sizeof line, "%s --output @/parts --resume-from @/saved/checkpoint-10 --lora-rank 5", flags);
+    expect(line, 1, "rank is 8, this adapter's 5");
+    snprintf(line, sizeof line, "%s --output @/fresh --resume-from latest", flags);
+    expect(line, 1, "fresh: no checkpoint");
+}
+
+/* SIGINT in the middle: 130, a word on stderr, no adapter; a checkpoint if `asked`. */
+static void interrupt(int asked)
 {
     char   command[4000], log[700];
     pid_t  child;
     int    status = 0, tries;
     snprintf(log, sizeof log, "%s/live", room);
-    snprintf(command, sizeof command, "exec %s finetune --model %s/q --data %s/text.txt --output %s/stopped --seq-len 16 --max-steps 100000000 --json --log %s >%s/.out 2>%s/.err", mft, room, room, room, log, room, room);
+    unlink(log);
+    snprintf(command, sizeof command, "exec %s finetune --model %s/q --data %s/text.txt --output %s/stopped --seq-len 16 --max-steps 100000000 --json --log %s %s >%s/.out 2>%s/.err", mft, room, room, room, log,
+             asked ? "--checkpoint-save-steps 1000000" : "", room, room);
     child = fork();
     if (child == 0) { execl("/bin/sh", "sh", "-c", command, (char *)NULL); _exit(127); }
     for (tries = 0; tries < 600; tries++) {                     /* until it is at work */
@@ -402,7 +438,11 @@ static void test_interrupt(void)
     out = test_read_file(in_room(".out"), NULL); err = test_read_file(in_room(".err"), NULL);
     CHECK(out && err && !*out && strstr(err, "interrupted"));
     CHECK(!test_file_exists(in_room("stopped/adapter_model.safetensors")));
+    CHECK_MSG((strstr(err, "--resume-from latest") != NULL) == asked, "%s", err);
+    if (asked) expect("finetune --model @/q --data @/text.txt --output @/stopped --seq-len 16 --max-steps 1 --resume-from latest", 0, "goes on behind step");
 }
+
+static void test_interrupt(void) { interrupt(0); interrupt(1); }
 
 int main(void)
 {
@@ -414,6 +454,7 @@ int main(void)
     TEST(test_usage);
     TEST(test_failures);
     TEST(test_finetune);
+    TEST(test_resume);
     TEST(test_other_commands);
     TEST(test_interrupt);
     mft_context_destroy(ctx);

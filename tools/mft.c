@@ -25,9 +25,10 @@
  * ============================================================================== */
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
+    const char *checkpoint_save_dir, *resume_from;
     const char *precision, *quantize, *log, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
-    int64_t seed, memory_budget;
+    int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_special, json, ignore_eos;
     int     use_rslora, use_dora, help;
@@ -84,6 +85,10 @@ static const flag flags[] = {
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
     { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute each block in the backward pass: less memory" },
     { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory the library may hold: 512M, 2G                   [no limit]" },
+    { "checkpoint-save-steps", INTEGER, AT(checkpoint_save_steps), 1, MANY, "N", "save a checkpoint every N steps" },
+    { "checkpoint-save-dir", STRING, AT(checkpoint_save_dir), 0, 0, "DIR", "where: DIR/checkpoint-STEP                                    [the output]" },
+    { "save-total-limit",   INTEGER, AT(save_total_limit),   1, MANY, "N", "keep the latest N checkpoints                                [all]" },
+    { "resume-from",        STRING,  AT(resume_from),        0, 0, "DIR",  "go on from a checkpoint; latest: the newest in the save directory" },
     { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step" },
     { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
     { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
@@ -254,7 +259,7 @@ static void print_help(const command *c)
         char left[64];
         if (!in_list(c->takes, flags[i].name)) continue;
         snprintf(left, sizeof left, "--%s%s%s", flags[i].name, flags[i].argument ? " " : "", flags[i].argument ? flags[i].argument : "");
-        printf("  %-26s%s\n", left, flags[i].help);
+        printf("  %-29s%s\n", left, flags[i].help);
     }
     printf("\n%s", c->examples);
 }
@@ -327,13 +332,14 @@ typedef struct session {
     mft_model     *model;
 } session;
 
-static mft_context *signal_target;          /* what SIGINT cancels */
+static mft_context *signal_target;          /* what SIGINT cancels, */
+static int          signal_cancel = 1;      /* and how: see mft_cancel */
 
 static void on_interrupt(int sig)
 {
     (void)sig;
     if (!signal_target) _exit(130);
-    mft_cancel(signal_target, 1);
+    mft_cancel(signal_target, signal_cancel);
     signal_target = NULL;                   /* the second one ends us at once */
 }
 
@@ -572,8 +578,36 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
     t->warmup_steps = o->warmup_steps; t->warmup_ratio = o->warmup_ratio;
     t->total_steps = total_steps;
     t->micro_batch = (int)o->batch_size; t->grad_accum = (int)o->grad_accum_steps;
+    t->save_dir = o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output;
+    t->save_steps = o->checkpoint_save_steps; t->save_total_limit = (int)o->save_total_limit;
     t->on_step = on_step; t->user = v;
     return 1;
+}
+
+/* The log of a run that goes on behind `step`: lines of later steps, and one cut in the middle, are taken out. NULL: a
+ * sentence is on stderr. */
+static FILE *open_log(session *s, const char *path, int64_t step)
+{
+    FILE   *f;
+    char   *text = NULL, *p, *end;
+    int64_t bytes = 0;
+    if (step && mft__file_exists(s->ctx, path) && !(text = read_text(path, &bytes))) return NULL;
+    for (p = text; p && (end = strchr(p, '\n')) != NULL && !strncmp(p, "{\"step\":", 8) && strtoll(p + 8, NULL, 10) <= step; p = end + 1) {}
+    if (text && mft__file_write_all(s->ctx, path, text, (size_t)(p - text)) != MFT_OK) { fail(s, MFT_ERR_IO); free(text); return NULL; }
+    free(text);
+    f = fopen(path, step ? "a" : "w");
+    if (!f) fprintf(stderr, "mft: %s: cannot be written\n", path);
+    return f;
+}
+
+/* After an interruption: what was done is kept, if checkpoints were asked for. */
+static void save_interrupted(const options *o, session *s, mft_trainer *tr)
+{
+    if (!tr || !mft_trainer_steps(tr) || !(o->checkpoint_save_steps || o->checkpoint_save_dir)) return;
+    mft_cancel(s->ctx, 0);
+    if (mft_trainer_save(tr, NULL) != MFT_OK) fail(s, MFT_ERR_IO);
+    else fprintf(stderr, "mft: step %lld is in %s: go on with --resume-from latest\n", (long long)mft_trainer_steps(tr),
+                 o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output);
 }
 
 static int64_t count_trainable(mft_model *m)
@@ -625,6 +659,8 @@ static int run_finetune(const options *given)
 
     made_output = !o.plan && stat(o.output, &info) != 0;
     if (!o.plan && (status = mft__can_write_in(s.ctx, o.output)) != MFT_OK) goto failed;       /* found now, not after hours */
+    if (!o.plan && td.save_dir != o.output && (status = mft__can_write_in(s.ctx, td.save_dir)) != MFT_OK) goto failed;
+    if (o.checkpoint_save_steps || o.checkpoint_save_dir) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
     md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing;
@@ -662,16 +698,18 @@ static int run_finetune(const options *given)
                 100.0 * (double)trainable / (double)mft_model_get_config(s.model)->n_params, (long long)steps);
         mft_lora_report(s.model, on_target, NULL);
     }
-    if (o.log && !(v.log = fopen(o.log, "w"))) { fprintf(stderr, "mft: %s: cannot be written\n", o.log); exit_status = 1; goto done; }
+    if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : td.save_dir)) != MFT_OK) goto failed;
+    if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)mft_trainer_steps(tr));
+    if (o.log && !(v.log = open_log(&s, o.log, mft_trainer_steps(tr)))) { exit_status = 1; goto done; }
     v.began = v.shown = mft__now();
-    status = mft_trainer_run(tr, steps);
+    status = mft_trainer_run(tr, steps - mft_trainer_steps(tr));
     if (status != MFT_OK) goto failed;
     if (held && (status = mft_trainer_evaluate(tr, held, 0, &eval)) != MFT_OK) goto failed;
     status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
     if (status != MFT_OK) goto failed;
     if (o.json) {
-        printf("{\"steps\":%lld,\"train_loss\":", (long long)v.steps);
-        json_number(stdout, v.loss_sum / (double)v.steps);
+        printf("{\"steps\":%lld,\"train_loss\":", (long long)mft_trainer_steps(tr));
+        json_number(stdout, v.steps ? v.loss_sum / (double)v.steps : NAN);
         printf(",\"eval_loss\":");       if (held) json_number(stdout, eval.loss); else printf("null");
         printf(",\"eval_perplexity\":"); if (held) json_number(stdout, eval.perplexity); else printf("null");
         printf(",\"tokens_per_second\":"); json_number(stdout, v.tokens_per_second);
@@ -679,7 +717,7 @@ static int run_finetune(const options *given)
         json_string(stdout, o.output);
         printf("}\n");
     } else {
-        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)v.steps, v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
+        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)mft_trainer_steps(tr), v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
         if (held) printf("held out: loss %.4f, perplexity %.3f over %lld tokens\n", eval.loss, eval.perplexity, (long long)eval.n_tokens);
         printf("saved %s in %s\n", o.full ? "the model" : "the adapter", o.output);
     }
@@ -687,6 +725,7 @@ static int run_finetune(const options *given)
 failed:
     if (v.terminal && v.steps) fputc('\n', stderr);
     exit_status = fail(&s, status);
+    if (status == MFT_ERR_CANCELLED) save_interrupted(&o, &s, tr);
 done:
     if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
     free(template_text);
@@ -1234,7 +1273,7 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
-      "chat-template no-pack no-shuffle grad-checkpointing memory-budget log" COMMON,
+      "chat-template no-pack no-shuffle grad-checkpointing memory-budget checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from log" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n", run_finetune },

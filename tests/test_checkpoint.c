@@ -1,0 +1,586 @@
+/* test_checkpoint.c - stopping and going on: resumed against straight through, bit for bit; what is refused, by name;
+ * kills at any moment, disks that fill up, directories that cannot be written.
+ * $MFT_KILLS: how many times a run is killed (default 8); tests/kill9.sh asks for 200. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE                         /* mkdtemp, fork, kill, setrlimit */
+#endif
+#define MFT_IMPLEMENTATION
+#include "mft.h"
+#include "mft_safetensors.h"
+#include "mft_models.h"
+#include "test.h"
+
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <time.h>
+
+static char room[300];                      /* a directory of our own, emptied at the end */
+
+static const char *in_room(const char *name)
+{
+    static char buffers[8][700];
+    static int  next;
+    char       *b = buffers[next++ % 8];
+    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
+    return b;
+}
+
+static void remove_dir(const char *dir)
+{
+    DIR           *d = opendir(dir);
+    struct dirent *e;
+    char           path[1200];
+    while (d && (e = readdir(d)) != NULL) {
+        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
+        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
+        if (unlink(path) != 0) remove_dir(path);
+    }
+    if (d) closedir(d);
+    rmdir(dir);
+}
+
+/* Names in a directory, and among them those with a word in them. */
+static int count(const char *dir, const char *word)
+{
+    DIR           *d = opendir(dir);
+    struct dirent *e;
+    int            n = 0;
+    while (d && (e = readdir(d)) != NULL) n += e->d_name[0] != '.' && strstr(e->d_name, word) != NULL;
+    if (d) closedir(d);
+    return n;
+}
+
+static void write_file(const char *path, const char *text, size_t bytes)
+{
+    FILE *f = fopen(path, "wb");
+    CHECK_MSG(f && fwrite(text, 1, bytes, f) == bytes, "%s", path);
+    if (f) fclose(f);
+}
+
+static void copy_file(const char *from, const char *to)
+{
+    size_t bytes = 0;
+    char  *text = test_read_file(from, &bytes);
+    CHECK_MSG(text != NULL, "%s", from);
+    if (text) write_file(to, text, bytes);
+    free(text);
+}
+
+/* A base of our own: qwen2 of tests/golden with a file that passes for a tokenizer. */
+static void make_base(const char *name, const char *tokenizer)
+{
+    char path[900];
+    snprintf(path, sizeof path, "mkdir -p %s", in_room(name));
+    CHECK(system(path) == 0);
+    snprintf(path, sizeof path, "%s/config.json", in_room(name));       copy_file("tests/golden/qwen2/config.json", path);
+    snprintf(path, sizeof path, "%s/model.safetensors", in_room(name)); copy_file("tests/golden/qwen2/model.safetensors", path);
+    snprintf(path, sizeof path, "%s/tokenizer.json", in_room(name));    write_file(path, tokenizer, strlen(tokenizer));
+}
+
+/* How a run is made. Zero: the usual one. */
+typedef struct recipe {
+    const char *base;                       /* in the room ["base"]; a path with '/' is one */
+    int         threads, full, rank, rows, accum, momentum, micro;
+    const char *targets;
+    float       alpha, dropout;
+    double      lr;
+    uint64_t    seed, data_seed;
+    const char *save_dir;
+    int         save_steps, save_total_limit;
+    mft_allocator allocator;
+    void      (*log)(void *user, mft_log_level level, const char *text);
+} recipe;
+
+typedef struct run { mft_context *ctx; mft_model *m; mft_dataset *data; mft_trainer *tr; } run;
+
+static void close_run(run *r) { mft_context_destroy(r->ctx); memset(r, 0, sizeof *r); }
+
+static mft_status try_open(const recipe *k, run *r)
+{
+    mft_context_desc cd;
+    mft_model_desc   md;
+    mft_lora_desc    ld;
+    mft_dataset_desc dd;
+    mft_trainer_desc td;
+    const char      *base = k->base ? k->base : "base";
+    uint32_t         seed = 7;
+    int              i, j, rows = k->rows ? k->rows : 11;
+    mft_status       s;
+    memset(r, 0, sizeof *r); memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&ld, 0, sizeof ld); memset(&dd, 0, sizeof dd); memset(&td, 0, sizeof td);
+    cd.n_threads = k->threads ? k->threads : 1; cd.seed = k->seed ? k->seed : 5; cd.allocator = k->allocator; cd.log = k->log;
+    md.train_all = k->full;
+    ld.rank = k->rank ? k->rank : 3; ld.alpha = k->alpha; ld.dropout = k->dropout ? k->dropout : 0.2f; ld.targets = k->targets ? k->targets : "all-linear";
+    dd.max_seq_len = 12; dd.seed = k->data_seed ? k->data_seed : 3;
+    td.micro_batch = k->micro ? k->micro : 2; td.grad_accum = k->accum ? k->accum : 2; td.learning_rate = k->lr ? k->lr : 1e-2;
+    td.schedule = MFT_SCHEDULE_COSINE; td.total_steps = 20; td.warmup_steps = 3; td.optimizer.weight_decay = 0.01;
+    td.optimizer.kind = k->momentum ? MFT_SGD : MFT_ADAMW; td.optimizer.momentum = k->momentum ? 0.9 : 0;
+    td.save_dir = k->save_dir; td.save_steps = k->save_steps; td.save_total_limit = k->save_total_limit;
+    if ((s = mft_context_create(&cd, &r->ctx)) != MFT_OK) return s;
+    if ((s = mft_model_load(r->ctx, strchr(base, '/') ? base : in_room(base), &md, &r->m)) != MFT_OK) return s;
+    if (!k->full && (s = mft_lora_attach(r->m, &ld)) != MFT_OK) return s;
+    if ((s = mft_dataset_create(r->ctx, NULL, &dd, &r->data)) != MFT_OK) return s;
+    for (i = 0; i < rows; i++) {
+        int32_t ids[12];
+        for (j = 0; j < 12; j++) ids[j] = (int32_t)((test_random(&seed) + 1) * 26);
+        if ((s = mft_dataset_add_tokens(r->data, ids, NULL, 5 + i * 5 % 8)) != MFT_OK) return s;
+    }
+    return mft_trainer_create(r->m, r->data, &td, &r->tr);
+}
+
+static run open_run(const recipe *k)
+{
+    run r;
+    mft_status s = try_open(k, &r);
+    CHECK_MSG(s == MFT_OK, "%s", r.ctx ? mft_error_message(r.ctx) : "no context");
+    if (s != MFT_OK) exit(1);
+    return r;
+}
+
+static void steps(run *r, int64_t n) { CHECK_MSG(mft_trainer_run(r->tr, n) == MFT_OK, "%s", mft_error_message(r->ctx)); }
+
+/* All that a run is: weights and moments, as one number. */
+static uint64_t bits(run *r)
+{
+    mft_tensor *t[512];
+    uint64_t    h = 14695981039346656037u;
+    int         i, set, n;
+    for (set = 0; set < 2; set++) {
+        n = set ? mft_optimizer_state(r->tr->opt, t, 512) : mft_model_params(r->m, 1, t, 512);
+        CHECK(n > 0 && n <= 512);
+        for (i = 0; i < n; i++) {
+            const unsigned char *p = (const unsigned char *)t[i]->data;
+            size_t               k, bytes = mft_dtype_bytes(t[i]->dtype, mft_tensor_numel(t[i]));
+            for (k = 0; k < bytes; k++) h = (h ^ p[k]) * 1099511628211u;
+        }
+    }
+    return h;
+}
+
+/* 20 steps in one, and with a stop at several places: before and behind the border of epochs, each after a save that
+ * replaces the one before, with other threads after it. 11 rows in windows of 2 x 2 end in the middle of a window. */
+static void test_same_bits(void)
+{
+    recipe ways[6];
+    int    w, stop;
+    memset(ways, 0, sizeof ways);
+    ways[1].full = 1;
+    ways[2].full = 1; ways[2].momentum = 1;
+    ways[3].accum = 1; ways[3].micro = 3; ways[3].rows = 7;
+    ways[4].base = "tests/golden/gpt2"; ways[4].full = 1;         /* Conv1D: matrices that lie the other way */
+    ways[5].base = "tests/golden/qwen2_bf16"; ways[5].full = 1;   /* weights that the snapshot has in bf16 */
+    for (w = 0; w < 6; w++) {
+        run      r = open_run(&ways[w]);
+        uint64_t straight;
+        steps(&r, 20);
+        straight = bits(&r);
+        close_run(&r);
+        remove_dir(in_room("saved"));
+        for (stop = 1; stop < 20; stop += 6) {
+            recipe other = ways[w];
+            other.threads = 1 + stop % 3; other.seed = 99;      /* the checkpoint's seed counts */
+            r = open_run(&ways[w]);
+            steps(&r, stop);
+            CHECK_MSG(mft_trainer_save(r.tr, in_room("saved")) == MFT_OK, "%s", mft_error_message(r.ctx));
+            close_run(&r);
+            r = open_run(&other);
+            CHECK_MSG(mft_trainer_resume(r.tr, in_room("saved")) == MFT_OK && mft_trainer_steps(r.tr) == stop, "%s", mft_error_message(r.ctx));
+            steps(&r, 20 - stop);
+            CHECK_MSG(bits(&r) == straight, "way %d, stopped after %d", w, stop);
+            close_run(&r);
+        }
+        CHECK(count(room, "saved") == 1 && count(in_room("saved"), "") == (ways[w].full ? ways[w].base ? 4 : 5 : 4));
+    }
+}
+
+/* Saving does not disturb the run that goes on, the adapter is one that others read, and a resumed run can be saved again. */
+static void test_goes_on(void)
+{
+    recipe   k;
+    run      r;
+    uint64_t straight;
+    size_t   a = 0, b = 0;
+    char    *x, *y, path[900];
+    memset(&k, 0, sizeof k);
+    r = open_run(&k);
+    steps(&r, 8);
+    straight = bits(&r);
+    close_run(&r);
+    r = open_run(&k);
+    steps(&r, 5);
+    CHECK(mft_trainer_save(r.tr, in_room("saved")) == MFT_OK && mft_lora_save(r.m, in_room("adapter")) == MFT_OK);
+    steps(&r, 3);
+    CHECK(bits(&r) == straight);
+    close_run(&r);
+    snprintf(path, sizeof path, "%s/adapter_model.safetensors", in_room("saved"));
+    x = test_read_file(path, &a);
+    snprintf(path, sizeof path, "%s/adapter_model.safetensors", in_room("adapter"));
+    y = test_read_file(path, &b);
+    CHECK(x && y && a == b && !memcmp(x, y, a));
+    free(x); free(y);
+    r = open_run(&k);
+    CHECK(mft_trainer_resume(r.tr, in_room("saved")) == MFT_OK && mft_trainer_save(r.tr, in_room("again")) == MFT_OK);
+    close_run(&r);
+    snprintf(path, sizeof path, "%s/trainer_state.json", in_room("saved"));
+    x = test_read_file(path, &a);
+    snprintf(path, sizeof path, "%s/trainer_state.json", in_room("again"));
+    y = test_read_file(path, &b);
+    CHECK(x && y && a == b && !memcmp(x, y, a));
+    free(x); free(y);
+}
+
+/* The run saves by itself, keeps the latest, and goes on from the latest. */
+static void test_numbered(void)
+{
+    recipe   k;
+    run      r;
+    uint64_t straight;
+    char     dir[700], path[4000];
+    snprintf(dir, sizeof dir, "%s", in_room("numbered"));
+    memset(&k, 0, sizeof k);
+    k.save_dir = dir; k.save_steps = 3; k.save_total_limit = 2;
+    r = open_run(&k);
+    steps(&r, 10);
+    straight = bits(&r);
+    CHECK(count(dir, "") == 2 && count(dir, "checkpoint-6") == 1 && count(dir, "checkpoint-9") == 1);
+    CHECK(mft_trainer_save(r.tr, NULL) == MFT_OK && count(dir, "") == 2 && count(dir, "checkpoint-10") == 1);
+    close_run(&r);
+    /* what kills leave: a directory and a file half written, a removal half done; and what is none of ours */
+    snprintf(path, sizeof path, "mkdir -p %s/checkpoint-12.tmp-99999-0 %s/checkpoint-3.tmp-1-0 %s/checkpoint-of-mine %s/checkpoint-77", dir, dir, dir, dir);
+    CHECK(system(path) == 0);
+    snprintf(path, sizeof path, "%s/checkpoint-12.tmp-99999-0/optimizer.safetensors", dir);
+    write_file(path, "half", 4);
+    snprintf(path, sizeof path, "%s/checkpoint-of-mine/notes", dir);
+    write_file(path, "mine", 4);
+    r = open_run(&k);
+    CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && mft_trainer_steps(r.tr) == 10, "%s", mft_error_message(r.ctx));
+    CHECK(bits(&r) == straight);
+    steps(&r, 2);
+    CHECK_MSG(count(dir, "tmp-") == 0 && count(dir, "of-mine") == 1 && count(dir, "checkpoint-12") == 1 && count(dir, "checkpoint-9") == 0, "%d %d", count(dir, "tmp-"), count(dir, ""));
+    close_run(&r);
+    /* a plain save to a path cleans up what was left beside that path */
+    snprintf(path, sizeof path, "%s.tmp-4242-1", in_room("adapter/adapter_config.json"));
+    write_file(path, "half", 4);
+    r = open_run(&k);
+    CHECK(mft_lora_save(r.m, in_room("adapter")) == MFT_OK && count(in_room("adapter"), "tmp-") == 0);
+    close_run(&r);
+}
+
+/* A resumption that must fail: with this status and word. The trainer is as before. */
+static void refused(const recipe *k, const char *dir, mft_status status, const char *word)
+{
+    run        r = open_run(k);
+    uint64_t   before = bits(&r);
+    mft_status s = mft_trainer_resume(r.tr, dir);
+    CHECK_MSG(s == status && strstr(mft_error_message(r.ctx), word), "status %d, not %d: \"%s\" should say \"%s\"", (int)s, (int)status, mft_error_message(r.ctx), word);
+    CHECK(bits(&r) == before && mft_trainer_steps(r.tr) == 0);
+    close_run(&r);
+}
+
+static int n_warnings;
+static char warned[300];
+static void on_log(void *user, mft_log_level level, const char *text)
+{
+    (void)user;
+    if (level == MFT_LOG_WARNING) { n_warnings++; snprintf(warned, sizeof warned, "%s", text); }
+}
+
+static void test_refusals(void)
+{
+    static const char *const files[] = { "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json" };
+    recipe k, other;
+    run    r;
+    size_t i, bytes = 0;
+    char   path[900], dir[700];
+    memset(&k, 0, sizeof k);
+    snprintf(dir, sizeof dir, "%s", in_room("saved"));
+    remove_dir(dir);
+    r = open_run(&k);
+    steps(&r, 4);
+    CHECK(mft_trainer_save(r.tr, dir) == MFT_OK);
+    write_file(in_room("adapter/precious"), "mine", 4);
+    CHECK(mft_trainer_save(r.tr, in_room("adapter")) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "something else"));
+    CHECK(count(in_room("adapter"), "precious") == 1);
+    CHECK(mft_trainer_save(r.tr, in_room("adapter/precious")) == MFT_ERR_IO && strstr(mft_error_message(r.ctx), "precious"));
+    CHECK(mft_trainer_save(r.tr, NULL) == MFT_ERR_INVALID_ARGUMENT);
+    /* another base of the same shapes; another tokenizer */
+    CHECK(mft_model_init(r.ctx, "tests/golden/qwen2/config.json", 9, MFT_F32, in_room("stranger")) == MFT_OK);
+    close_run(&r);
+    copy_file(in_room("base/tokenizer.json"), in_room("stranger/tokenizer.json"));
+    make_base("retokenized", "{\"version\": \"2\"}");
+    other = k; other.base = "stranger";              refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "base is another");
+    other = k; other.base = "tests/golden/gpt2";     refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "gpt2");
+    other = k; other.base = "retokenized";           refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "tokenizer");
+    other = k; other.rank = 4;                       refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "rank is 3, this adapter's 4");
+    other = k; other.alpha = 9;                      refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "lora_alpha is 6, this adapter's 9");
+    other = k; other.dropout = 0.3f;                 refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "lora_dropout");
+    other = k; other.targets = "q_proj";             refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "target_modules");
+    other = k; other.full = 1;                       refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "trains all weights");
+    k.full = 1; r = open_run(&k); CHECK(mft_trainer_save(r.tr, in_room("full")) == MFT_OK); close_run(&r); k.full = 0;
+    refused(&k, in_room("full"), MFT_ERR_INVALID_ARGUMENT, "full fine-tuning");
+    other = k; other.momentum = 1;                   refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "optimizer");
+    other = k; other.rows = 12;                      refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "n_samples was 11, now it is 12");
+    other = k; other.data_seed = 4;                  refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "seed");
+    refused(&k, in_room("nowhere"), MFT_ERR_IO, "nowhere");
+    refused(&k, in_room("adapter"), MFT_ERR_IO, "no checkpoint");
+    /* what may differ is said */
+    other = k; other.lr = 1e-3; other.log = on_log;
+    r = open_run(&other);
+    n_warnings = 0;
+    CHECK(mft_trainer_resume(r.tr, dir) == MFT_OK && n_warnings == 1 && strstr(warned, "learning_rate was 0.01, now it is 0.001"));
+    close_run(&r);
+    /* each file missing, cut, altered */
+    for (i = 0; i < 4; i++) {
+        char *text;
+        snprintf(path, sizeof path, "%s/%s", dir, files[i]);
+        text = test_read_file(path, &bytes);
+        if (!text) { CHECK(text != NULL); continue; }
+        CHECK(unlink(path) == 0);
+        refused(&k, dir, MFT_ERR_IO, i < 2 ? files[i] : "no checkpoint");
+        write_file(path, text, bytes / 2);
+        refused(&k, dir, MFT_ERR_FORMAT, files[i]);
+        if (i < 3) {
+            text[bytes / 2] ^= 1;
+            write_file(path, text, bytes);
+            refused(&k, dir, MFT_ERR_FORMAT, files[i]);
+            text[bytes / 2] ^= 1;
+        }
+        write_file(path, text, bytes);
+        free(text);
+    }
+    write_file(in_room("saved/trainer_state.json"), "{\"global_step\": 3}", 18);           /* as Transformers has one */
+    refused(&k, dir, MFT_ERR_UNSUPPORTED, "no checkpoint of this library");
+}
+
+/* ==== ends that nobody chose ==== */
+
+/* A run in a process of its own, from the latest checkpoint if there is one; its result is an adapter, or 64 bits. */
+static void child_run(const recipe *k, const char *result)
+{
+    run      r = open_run(k);
+    uint64_t h;
+    FILE    *f;
+    if (count(k->save_dir, "checkpoint-") && count(k->save_dir, "checkpoint-") > count(k->save_dir, "tmp-") && mft_trainer_resume(r.tr, k->save_dir) != MFT_OK) {
+        printf("%s\n", mft_error_message(r.ctx));
+        fflush(stdout);
+        _exit(2);
+    }
+    if (mft_trainer_run(r.tr, 20 - mft_trainer_steps(r.tr)) != MFT_OK) { printf("%s\n", mft_error_message(r.ctx)); fflush(stdout); _exit(3); }
+    h = bits(&r);
+    f = fopen(result, "wb");
+    if (!f || fwrite(&h, sizeof h, 1, f) != 1 || fclose(f) != 0) _exit(4);
+    _exit(0);
+}
+
+/* Kill -9 at random moments of runs that save each step. Every resumption works, and what comes out at the end is what
+ * an uninterrupted run gives. */
+static void test_kills(void)
+{
+    const char *wanted = getenv("MFT_KILLS");
+    int         kills = 0, most = wanted && *wanted ? atoi(wanted) : 8, runs = 0, tries = 0;
+    uint32_t    seed = (uint32_t)getpid();
+    recipe      k;
+    run         r;
+    uint64_t    straight, h;
+    char        dir[700], result[700];
+    memset(&k, 0, sizeof k);
+    r = open_run(&k);
+    steps(&r, 20);
+    straight = bits(&r);
+    close_run(&r);
+    snprintf(dir, sizeof dir, "%s", in_room("killed"));
+    snprintf(result, sizeof result, "%s", in_room("result"));
+    k.save_dir = dir; k.save_steps = 1; k.save_total_limit = 2;
+    while ((kills < most || runs == 0) && tries++ < 100 * most) {
+        struct timespec t;
+        int             status = 0;
+        pid_t           child;
+        fflush(stdout);
+        child = fork();
+        if (child == 0) child_run(&k, result);
+        if (kills < most) {
+            t.tv_sec = 0; t.tv_nsec = (long)((test_random(&seed) + 1) * 0.5 * 60e6);
+            nanosleep(&t, NULL);
+            kill(child, SIGKILL);
+        }
+        CHECK(waitpid(child, &status, 0) == child);
+        if (WIFSIGNALED(status)) { kills++; continue; }
+        CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 0, "after %d kills: status %x", kills, (unsigned)status);
+        {
+            size_t bytes = 0;
+            char  *text = test_read_file(result, &bytes);
+            h = 0;
+            if (text && bytes == sizeof h) memcpy(&h, text, sizeof h);
+            free(text);
+        }
+        CHECK_MSG(h == straight, "run %d, after %d kills: other bits", runs, kills);
+        CHECK_MSG(count(dir, "") <= 3, "%d names in the directory", count(dir, ""));
+        runs++;
+        remove_dir(dir);
+    }
+    CHECK_MSG(kills >= most && runs > 0, "%d kills, %d whole runs", kills, runs);
+    if (wanted) printf("%d kills over %d runs of 20 steps\n", kills, runs);
+}
+
+/* A limit on the length of files stands for a full disk; a directory without the right to write for one that has
+ * turned read-only. What was saved before resumes. */
+static void test_no_room(void)
+{
+    recipe k;
+    run    r;
+    int    way, status = 0;
+    char   dir[700], command[1000];
+    size_t largest = 0;
+    pid_t  child;
+    snprintf(dir, sizeof dir, "%s", in_room("full-disk"));
+    memset(&k, 0, sizeof k);
+    k.save_dir = dir; k.save_steps = 2;
+    r = open_run(&k);
+    steps(&r, 4);
+    close_run(&r);
+    free(test_read_file(in_room("full-disk/checkpoint-4/optimizer.safetensors"), &largest));
+    for (way = 0; way < 3; way++) {
+        fflush(stdout);
+        child = fork();
+        if (child == 0) {
+            struct rlimit limit;
+            r = open_run(&k);
+            if (mft_trainer_resume(r.tr, dir) != MFT_OK) _exit(2);
+            signal(SIGXFSZ, SIG_IGN);
+            limit.rlim_cur = limit.rlim_max = way == 0 ? 100 : largest - 10;
+            if (way < 2 && setrlimit(RLIMIT_FSIZE, &limit) != 0) _exit(3);
+            if (way == 2) {
+                if (chmod(dir, 0555) != 0) _exit(4);
+                if (geteuid() == 0 && (chmod(room, 0755) != 0 || setgid(65534) != 0 || setuid(65534) != 0)) _exit(5);
+            }
+            if (mft_trainer_run(r.tr, 4) != MFT_ERR_IO || !strstr(mft_error_message(r.ctx), "checkpoint-6")) _exit(6);
+            if (mft_trainer_steps(r.tr) != 6) _exit(7);                 /* the trainer is well: it could save elsewhere */
+            _exit(0);
+        }
+        CHECK(waitpid(child, &status, 0) == child);
+        CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 0, "way %d: status %x", way, (unsigned)status);
+        snprintf(command, sizeof command, "chmod 755 %s", dir);
+        CHECK(system(command) == 0);
+        CHECK_MSG(count(dir, "") == 2 && count(dir, "checkpoint-4") == 1, "way %d: %d names", way, count(dir, ""));
+        r = open_run(&k);
+        CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && mft_trainer_steps(r.tr) == 4, "way %d: %s", way, mft_error_message(r.ctx));
+        close_run(&r);
+    }
+}
+
+/* A kill between the two renames of a replacement leaves the old one beside its place. */
+static void test_between_renames(void)
+{
+    recipe k;
+    run    r;
+    char   command[1700];
+    memset(&k, 0, sizeof k);
+    r = open_run(&k);
+    steps(&r, 2);
+    CHECK(mft_trainer_save(r.tr, in_room("swap")) == MFT_OK);
+    close_run(&r);
+    snprintf(command, sizeof command, "mv %s %s.tmp-old", in_room("swap"), in_room("swap"));
+    CHECK(system(command) == 0);
+    r = open_run(&k);
+    CHECK_MSG(mft_trainer_resume(r.tr, in_room("swap")) == MFT_OK && mft_trainer_steps(r.tr) == 2, "%s", mft_error_message(r.ctx));
+    steps(&r, 1);
+    CHECK(mft_trainer_save(r.tr, in_room("swap")) == MFT_OK && count(room, "swap") == 1);
+    close_run(&r);
+}
+
+/* cancel 2 lets the step in hand finish: the run stops behind a whole step, from whatever layer it is asked. */
+static int cancel_politely(void *user, mft_tensor **params, int n, int64_t *n_valid)
+{
+    (void)params; (void)n; (void)n_valid;
+    mft_cancel((mft_context *)user, 2);
+    return 0;
+}
+
+static void test_cancel_after_step(void)
+{
+    recipe k;
+    run    r;
+    memset(&k, 0, sizeof k);
+    r = open_run(&k);
+    r.tr->desc.on_gradients = cancel_politely; r.tr->desc.user = r.ctx;
+    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && mft_trainer_steps(r.tr) == 1);
+    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && mft_trainer_steps(r.tr) == 2);
+    r.tr->desc.on_gradients = NULL;
+    mft_cancel(r.ctx, 0);
+    steps(&r, 3);
+    CHECK(mft_trainer_steps(r.tr) == 5);
+    close_run(&r);
+}
+
+/* ==== every allocation fails once ==== */
+typedef struct ledger { size_t calls, fail_at, now; } ledger;
+
+static void *ledger_alloc(void *user, size_t bytes, size_t align)
+{
+    ledger *l = (ledger *)user;
+    void   *p = NULL;
+    if (++l->calls == l->fail_at || posix_memalign(&p, align < sizeof p ? sizeof p : align, bytes) != 0) return NULL;
+    memset(p, 0xa5, bytes);
+    l->now += bytes;
+    return p;
+}
+
+static void ledger_free(void *user, void *p, size_t bytes) { ((ledger *)user)->now -= bytes; free(p); }
+
+static void test_allocations(void)
+{
+    ledger   l;
+    recipe   k;
+    run      r;
+    size_t   at, begins;
+    int      way, failed, ok;
+    char     dir[700];
+    memset(&k, 0, sizeof k);
+    snprintf(dir, sizeof dir, "%s", in_room("short"));
+    k.save_dir = dir;
+    r = open_run(&k);
+    steps(&r, 1);
+    CHECK(mft_trainer_save(r.tr, NULL) == MFT_OK);
+    close_run(&r);
+    k.allocator.alloc = ledger_alloc; k.allocator.free = ledger_free; k.allocator.user = &l;
+    for (way = 0; way < 2; way++) {                             /* save, resume */
+        for (at = 1, ok = 0, failed = 0; !ok && at < 2000; at++) {
+            mft_status s;
+            memset(&l, 0, sizeof l);
+            r = open_run(&k);
+            begins = l.calls;
+            l.fail_at = begins + at;
+            s = way ? mft_trainer_resume(r.tr, dir) : mft_trainer_save(r.tr, NULL);
+            ok = l.calls < l.fail_at;
+            l.fail_at = 0;
+            if (s != MFT_OK) {
+                failed++;
+                CHECK_MSG(s == MFT_ERR_OUT_OF_MEMORY && strlen(mft_error_message(r.ctx)) > 5, "way %d, allocation %d: status %d: %s", way, (int)at, (int)s, mft_error_message(r.ctx));
+            }
+            CHECK_MSG(count(dir, "tmp-") == 0, "way %d, allocation %d: something is left", way, (int)at);
+            close_run(&r);
+            CHECK_MSG(l.now == 0, "way %d, allocation %d: %d bytes left", way, (int)at, (int)l.now);
+            if (test__bad > 20) return;
+        }
+        CHECK_MSG(ok && failed > 20, "%d allocations failed", failed);
+    }
+}
+
+int main(void)
+{
+    const char *tmp = getenv("TMPDIR");
+    snprintf(room, sizeof room, "%.200s/mft-test-checkpoint-XXXXXX", tmp && *tmp ? tmp : "/tmp");
+    if (!mkdtemp(room)) { printf("no temporary directory\n"); return 1; }
+    make_base("base", "{\"version\": \"1\"}");
+    TEST(test_same_bits);
+    TEST(test_goes_on);
+    TEST(test_numbered);
+    TEST(test_refusals);
+    TEST(test_kills);
+    TEST(test_no_room);
+    TEST(test_between_renames);
+    TEST(test_cancel_after_step);
+    TEST(test_allocations);
+    remove_dir(room);
+    return test_report("checkpoint");
+}
