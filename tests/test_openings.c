@@ -48,7 +48,7 @@ static void test_models(void)
     mft_dataset   *data = NULL;
     mft_trainer   *trainer = NULL;
     const char    *base = "examples/demo/base";
-    char           text[64] = "/tmp/mft-opening-XXXXXX", adapter[80];
+    char           text[128] = "/tmp/mft-opening-XXXXXX", adapter[80];
     FILE          *f = NULL;
     int            k, fd;
 
