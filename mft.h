@@ -106,10 +106,25 @@ typedef enum mft_precision {                /* of matrix products; everything el
     MFT_PRECISION_BF16 = 1                  /* operands rounded to bf16 where a row is faster so    */
 } mft_precision;
 
+/* Matrix products by somebody else: a GPU, an accelerator, a BLAS. Called by the thread that owns the context,
+ * with row-major operands as cblas_sgemm has them:
+ *   c[m,n] = alpha op(a)[m,k] op(b)[k,n] + beta c     (beta 0: c is not read);  op transposes where asked
+ * Weights of other storage types come converted, piece by piece. The library's own row does all that
+ * `least` leaves to it. Results are as deterministic as the function is. */
+typedef struct mft_products {               /* all zero: none */
+    int   (*sgemm)(void *user, int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                   const float *b, int64_t ldb, float beta, float *c, int64_t ldc);    /* nonzero fails the step */
+    size_t  max_bytes;                      /* of an operand, from its first number to its last; larger products
+                                               are cut into pieces that fit (mobile GPUs: 128 MiB)  [no limit]  */
+    double  least;                          /* m n k below which a product is not worth the call    [1e6]       */
+    void   *user;
+} mft_products;
+
 /* Every field may stay zero, which means the default in brackets. */
 typedef struct mft_context_desc {
     mft_allocator allocator;
     mft_io        io;
+    mft_products  products;
     size_t        memory_budget;            /* bytes the library may hold                [0 = no cap]    */
     size_t        step_arena;               /* bytes set aside for one step's tensors    [0 = grow]      */
     int           n_threads;                /* workers, the caller's thread included     [0 = cores]     */
@@ -506,6 +521,7 @@ struct mft_context {
     size_t        budget;
     int           n_threads;
     mft_precision precision;
+    mft_products  products;
     void        (*log)(void *user, mft_log_level level, const char *text);
     void         *log_user;
 
@@ -694,13 +710,14 @@ MFT_API mft_status mft_context_create(const mft_context_desc *desc, mft_context 
     if (!desc) desc = &zero;
     a = desc->allocator;
     if (!a.alloc != !a.free || !desc->io.open != !desc->io.read || !desc->io.open != !desc->io.close
-        || desc->n_threads < 0) return MFT_ERR_INVALID_ARGUMENT;
+        || desc->n_threads < 0 || (desc->products.max_bytes && desc->products.max_bytes < sizeof(float))) return MFT_ERR_INVALID_ARGUMENT;
     if (!a.alloc) { a.alloc = mft__default_alloc; a.free = mft__default_free; a.user = NULL; }
 
     ctx = (mft_context *)a.alloc(a.user, sizeof *ctx, 64);
     if (!ctx) return MFT_ERR_OUT_OF_MEMORY;
     memset(ctx, 0, sizeof *ctx);
     ctx->allocator = a;            ctx->io = desc->io;       ctx->budget = desc->memory_budget;
+    ctx->products = desc->products;
     ctx->n_threads = desc->n_threads; ctx->precision = desc->precision;
     ctx->log = desc->log;          ctx->log_user = desc->log_user;
     ctx->seed = desc->seed;        ctx->grad_enabled = 1;
@@ -1680,7 +1697,7 @@ typedef struct mft__kernels {
     void   (*adamw)      (float *p, float *m, float *v, const float *g, int64_t n, const mft__adamw *k);
     const mft__gemm_row *gemm[2];                          /* by precision; [1] may be [0]        */
     const mft__gemm_row *split;                            /* f32 of several bf16 terms, or NULL  */
-    int cblas;                                             /* f32 products go to cblas_sgemm      */
+    int cblas;                                             /* products go to cblas_sgemm          */
 } mft__kernels;
 
 /* ---- the vocabulary of each row; the bodies, and what the words mean, stand in [ROWS] ---- */
@@ -2064,6 +2081,11 @@ MFT_API const char *mft_kernels_available(int i)
     return NULL;
 }
 
+#ifdef MFT_USE_CBLAS
+static int mft__cblas_sgemm(void *user, int ta, int tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                            const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
+#endif
+
 /* name NULL: $MFT_KERNELS, else the fastest usable row. 0: no such row here. */
 static int mft__kernels_choose(mft_context *ctx, const char *name)
 {
@@ -2072,6 +2094,11 @@ static int mft__kernels_choose(mft_context *ctx, const char *name)
     for (k = 0; k < MFT__N_KERNELS; k++) {
         if ((name && *name && strcmp(name, mft__kernel_table[k].name)) || !mft__kernel_table[k].usable()) continue;
         ctx->kernels = &mft__kernel_table[k];
+#ifdef MFT_USE_CBLAS
+        if (ctx->kernels->cblas && !ctx->products.sgemm) {      /* spans below 2^28 numbers: every size is an int */
+            ctx->products.sgemm = mft__cblas_sgemm; ctx->products.max_bytes = (size_t)1 << 30; ctx->products.least = 1;
+        }
+#endif
         return 1;
     }
     return 0;
@@ -2151,6 +2178,7 @@ static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, const mft
     }
 }
 
+/* ---- products by somebody else ---- */
 #ifdef MFT_USE_CBLAS
 #ifdef __cplusplus
 extern "C"
@@ -2158,22 +2186,99 @@ extern "C"
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc);
 
-/* c by cblas_sgemm, if both operands are f32 and every size an int; 0 if not. */
-static int mft__gemm_cblas(int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
-                           const float *bias, int add, float *c, int64_t ldc)
+static int mft__cblas_sgemm(void *user, int ta, int tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                            const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
 {
-    int64_t lda = a.col_stride == 1 ? a.row_stride : a.col_stride, ldb = b.col_stride == 1 ? b.row_stride : b.col_stride;
-    int64_t i, j, most = 0x7fffffff;
-    int     ta = a.col_stride != 1, tb = b.col_stride != 1;
-    if (a.dtype != MFT_F32 || b.dtype != MFT_F32 || m > most || n > most || k > most || lda > most || ldb > most || ldc > most) return 0;
-    if (lda < (ta ? m : k)) lda = ta ? m : k;                   /* one line: its distance to the next may be anything */
-    if (ldb < (tb ? k : n)) ldb = tb ? k : n;
-    for (i = 0; bias && i < m; i++) for (j = 0; j < n; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + bias[j];
-    cblas_sgemm(101, ta ? 112 : 111, tb ? 112 : 111, (int)m, (int)n, (int)k, alpha, (const float *)a.data, (int)lda,
-                (const float *)b.data, (int)ldb, add || bias ? 1.0f : 0.0f, c, (int)ldc);
-    return 1;
+    (void)user;
+    cblas_sgemm(101, ta ? 112 : 111, tb ? 112 : 111, (int)m, (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
+    return 0;
 }
 #endif
+
+enum { MFT__BOUNCE = 4 << 20 };             /* bytes of converted weights at a time */
+
+/* Numbers from the first to the last of `lines` lines of `cols`, ld apart. */
+static int64_t mft__span(int64_t lines, int64_t cols, int64_t ld) { return (lines - 1) * ld + cols; }
+
+/* Cuts the product in half, along what halves the operand that is too large, until all fit. Recursion is as deep
+ * as the logarithms of the sizes. 0, or what the app's function said. */
+static int mft__products_fit(const mft_products *p, int ta, int tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                             const float *b, int64_t ldb, float beta, float *c, int64_t ldc)
+{
+    int64_t most = (int64_t)((p->max_bytes ? p->max_bytes : (size_t)1 << 40) / sizeof(float)), h;
+    int     over_a = mft__span(ta ? k : m, ta ? m : k, lda) > most, over_b = mft__span(tb ? n : k, tb ? k : n, ldb) > most, over_c = mft__span(m, n, ldc) > most;
+    int     cut_m = over_c && m > 1, cut_n = over_c && m == 1, cut_k = 0, failed;
+    if (over_a) { if (ta ? k > 1 : m == 1) cut_k = 1; else cut_m = 1; }
+    if (over_b) { if (tb ? n > 1 : k == 1) cut_n = 1; else cut_k = 1; }
+    if (cut_m && m > 1) {
+        h = m / 2;
+        failed = mft__products_fit(p, ta, tb, h, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return failed ? failed : mft__products_fit(p, ta, tb, m - h, n, k, alpha, a + (ta ? h : h * lda), lda, b, ldb, beta, c + h * ldc, ldc);
+    }
+    if (cut_n && n > 1) {
+        h = n / 2;
+        failed = mft__products_fit(p, ta, tb, m, h, k, alpha, a, lda, b, ldb, beta, c, ldc);
+        return failed ? failed : mft__products_fit(p, ta, tb, m, n - h, k, alpha, a, lda, b + (tb ? h * ldb : h), ldb, beta, c + h, ldc);
+    }
+    if (cut_k && k > 1) {
+        h = k / 2;
+        failed = mft__products_fit(p, ta, tb, m, n, h, alpha, a, lda, b, ldb, beta, c, ldc);
+        return failed ? failed : mft__products_fit(p, ta, tb, m, n, k - h, alpha, a + (ta ? h * lda : h), lda, b + (tb ? h : h * ldb), ldb, 1, c, ldc);
+    }
+    return p->sgemm(p->user, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+typedef struct mft__bounce_task { const mft__kernels *k; float *dst; const char *src; mft_dtype dtype; int64_t cols, pitch, stride; } mft__bounce_task;
+static void mft__bounce_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__bounce_task *t = (const mft__bounce_task *)arg;
+    (void)worker;
+    for (; begin < end; begin++) t->k->to_float(t->dst + begin * t->pitch, t->src + mft_dtype_bytes(t->dtype, begin * t->stride), t->dtype, t->cols);
+}
+
+/* c by the app's products: 1; 0 if they are not for this product; -1 if the step has failed. While planning, only the
+ * memory for converted weights is taken. Not to be mixed with declining later: c may have been written to. */
+static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                              const float *bias, int add, float *c, int64_t ldc)
+{
+    const mft_products *p = &ctx->products;
+    int      ta = a.col_stride != 1, tb = b.col_stride != 1, failed = 0, odd_a = a.dtype != MFT_F32, odd_b = b.dtype != MFT_F32;
+    int64_t  lda = ta ? a.col_stride : a.row_stride, ldb = tb ? b.col_stride : b.row_stride;
+    int64_t  lines = odd_a ? (ta ? k : m) : tb ? n : k, cols = odd_a ? (ta ? m : k) : tb ? k : n, pitch, step, at, i, j;
+    float    beta = add || bias ? 1.0f : 0.0f, *bounce = NULL;
+    size_t   bytes = 0;
+    mft__bounce_task t;
+    if (!p->sgemm || (double)m * (double)n * (double)k < (p->least > 0 ? p->least : 1e6) || (odd_a && odd_b)) return 0;
+    if (lda < (ta ? m : k)) lda = ta ? m : k;                   /* one line: its distance to the next may be anything */
+    if (ldb < (tb ? k : n)) ldb = tb ? k : n;
+    pitch = mft__round_up(cols, 32);
+    step  = mft__min64(lines, 1 + (int64_t)(p->max_bytes && p->max_bytes < MFT__BOUNCE ? p->max_bytes : MFT__BOUNCE) / 4 / pitch);
+    if (odd_a || odd_b) {
+        bytes  = sizeof(float) * (size_t)(step * pitch);
+        bounce = (float *)mft__high(ctx, bytes);
+        if (!bounce) return -1;
+    }
+    if (MFT__RUNS(ctx)) {
+        for (i = 0; bias && i < m; i++) for (j = 0; j < n; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + bias[j];
+        if (!bounce) failed = mft__products_fit(p, ta, tb, m, n, k, alpha, (const float *)a.data, lda, (const float *)b.data, ldb, beta, c, ldc);
+        t.k = ctx->kernels; t.dst = bounce; t.pitch = pitch;
+        t.dtype = odd_a ? a.dtype : b.dtype; t.stride = odd_a ? lda : ldb; t.cols = mft__is_quantized(t.dtype) ? pitch : cols;
+        for (at = 0; bounce && at < lines && !failed; at += step) {     /* so many lines of the weights, as they are stored */
+            int64_t h = mft__min64(step, lines - at);
+            t.src = (const char *)(odd_a ? a.data : b.data) + mft_dtype_bytes(t.dtype, at * t.stride);
+            mft__parallel(ctx, h, 1 + 16384 / pitch, mft__bounce_run, &t);
+            if      (odd_b && tb) failed = mft__products_fit(p, ta, tb, m, h, k, alpha, (const float *)a.data, lda, bounce, pitch, beta, c + at, ldc);
+            else if (odd_b)       failed = mft__products_fit(p, ta, tb, m, n, h, alpha, (const float *)a.data + (ta ? at * lda : at), lda, bounce, pitch, at ? 1 : beta, c, ldc);
+            else if (!ta)         failed = mft__products_fit(p, ta, tb, h, n, k, alpha, bounce, pitch, (const float *)b.data, ldb, beta, c + at * ldc, ldc);
+            else                  failed = mft__products_fit(p, ta, tb, m, n, h, alpha, bounce, pitch, (const float *)b.data + (tb ? at : at * ldb), ldb, at ? 1 : beta, c, ldc);
+        }
+    }
+    if (bounce) mft__high_free(ctx, bounce, bytes);
+    if (!failed) return 1;
+    mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_UNSUPPORTED, "the app's matrix product of [%lld, %lld] and [%lld, %lld] failed with %d",
+                                  (long long)m, (long long)k, (long long)k, (long long)n, failed));
+    return -1;
+}
 
 /* c[m,n] = (add ? c : 0) + alpha sum_k a[m,k] b[k,n] + bias[n].  c f32, rows ldc apart; bias may be NULL.
  * Takes its workspace from the high end, while planning takes it only on paper.
@@ -2187,13 +2292,12 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     const mft__gemm_row *row;
     int64_t        group, lanes = 0, threads = ctx->n_threads, at, all;
     size_t         packed = 0, floats, bytes;
-    int            alone, flatten = 0;
+    int            alone, theirs, flatten = 0;
     char          *memory;
 
     if (m < 1 || n < 1 || k < 1) return 1;
-#ifdef MFT_USE_CBLAS
-    if (ctx->kernels->cblas && MFT__RUNS(ctx) && mft__gemm_cblas(m, n, k, alpha, a, b, bias, add, c, ldc)) return 1;
-#endif
+    theirs = mft__gemm_products(ctx, m, n, k, alpha, a, b, bias, add, c, ldc);
+    if (theirs) return theirs > 0;
     bt.row_stride = b.col_stride; bt.col_stride = b.row_stride;         /* row l of it is column l of b */
     memset(&g, 0, sizeof g);
     g.s = a; g.v = bt; g.s_count = m; g.v_count = n; g.k = k;

@@ -6,7 +6,7 @@
 #  define TEST_SUITE "kernels"
 #endif
 #define MFT_IMPLEMENTATION
-#include "../mft.h"
+#include "mft.h"
 #include "test.h"
 
 static const mft__kernels *K;                /* the row under test */
@@ -22,6 +22,9 @@ static mft_context *context(const char *row, int n_threads, mft_precision precis
     mft_context     *ctx = NULL;
     memset(&d, 0, sizeof d);
     d.kernels = row; d.n_threads = n_threads; d.precision = precision;
+#ifdef TEST_PRODUCTS
+    d.products = TEST_PRODUCTS;
+#endif
     CHECK(mft_context_create(&d, &ctx) == MFT_OK);
     return ctx;
 }
@@ -532,6 +535,9 @@ int main(void)
         TEST(test_product_memory);
         mft_context_destroy(ctx);
     }
+#ifdef TEST_MORE
+    TEST_MORE
+#endif
     if (!found) { test__skipped++; printf("skip: %s: not a row of this machine\n", TEST_SUITE); }
     return test_report(TEST_SUITE);
 }
