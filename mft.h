@@ -2252,7 +2252,7 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
     if (lda < (ta ? m : k)) lda = ta ? m : k;                   /* one line: its distance to the next may be anything */
     if (ldb < (tb ? k : n)) ldb = tb ? k : n;
     pitch = mft__round_up(cols, 32);
-    step  = mft__min64(lines, 1 + (int64_t)(p->max_bytes && p->max_bytes < MFT__BOUNCE ? p->max_bytes : MFT__BOUNCE) / 4 / pitch);
+    step  = mft__min64(lines, 1 + (p->max_bytes && p->max_bytes < MFT__BOUNCE ? (int64_t)p->max_bytes : (int64_t)MFT__BOUNCE) / 4 / pitch);
     if (odd_a || odd_b) {
         bytes  = sizeof(float) * (size_t)(step * pitch);
         bounce = (float *)mft__high(ctx, bytes);
