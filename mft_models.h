@@ -436,16 +436,18 @@ typedef struct mft_trainer mft_trainer;     /* held */
 
 typedef struct mft_progress {               /* of the step just done */
     int64_t step, epoch;                    /* optimizer steps done, since the run's start also when resumed; epoch of the last sample */
-    double  loss;                           /* nats per valid label, mean over the window            */
+    double  loss;                           /* nats per valid label, mean over the window; NaN: skipped, see max_nonfinite */
     double  grad_norm;                      /* global 2-norm before clipping                         */
     double  learning_rate;
     int64_t n_tokens, n_valid;              /* tokens without padding; labels that counted           */
     double  seconds;                        /* wall time of this step                                */
     double  tokens_per_second;              /* over the run so far                                   */
-    double  eta_seconds;                    /* to the run's end; negative: not known                 */
+    double  eta_seconds;                    /* to the run's end, evaluations and checkpoints included; negative: not known */
     size_t  resident_bytes;                 /* of the process, where the system says; else 0         */
     mft_memory_report memory;
 } mft_progress;
+
+typedef struct mft_eval { double loss, perplexity; int64_t n_tokens; } mft_eval;
 
 typedef struct mft_trainer_desc {
     mft_optimizer_desc optimizer;
@@ -458,17 +460,36 @@ typedef struct mft_trainer_desc {
     int    micro_batch, grad_accum;         /* sequences; passes per step                   [1] [1]  */
     int    decay_all;                       /* full fine-tuning: weight decay also on biases and norms [false] */
     int    pause_ms;                        /* rest after each step: heat, battery          [0]      */
-    const char *save_dir;                   /* mft_trainer_run saves SAVE_DIR/checkpoint-STEP [none] */
+    int    max_nonfinite;                   /* windows in a row whose loss or gradient is not finite that
+                                               mft_trainer_run passes over, with a warning, before it fails [0] */
+    mft_dataset *eval_data;                 /* held-out data; mft_trainer_run evaluates it  [none]   */
+    int64_t eval_steps;                     /* each time so many steps are done [0 = at its end only] */
+    int    early_stopping_patience;         /* mft_trainer_run ends behind so many evaluations in a row
+                                               that were no better than the best            [0 = never] */
+    int    load_best;                       /* at its end it loads the weights that evaluated best, which
+                                               needs save_dir                               [false]  */
+    const char *save_dir;                   /* mft_trainer_run saves SAVE_DIR/checkpoint-STEP, also whenever an
+                                               evaluation is the best so far                [none]   */
     int64_t save_steps;                     /* each time so many steps are done             [0 = not by itself] */
-    int    save_total_limit;                /* older checkpoints in save_dir are removed    [0 = none is] */
+    int    save_total_limit;                /* older checkpoints in save_dir are removed, but for the best [0 = none is] */
     void (*on_step)(void *user, const mft_progress *p);  /* trainer's thread; may call mft_cancel    */
+    void (*on_eval)(void *user, int64_t step, const mft_eval *eval, int is_best);     /* after on_step */
     /* Between backward and optimizer: gradients are sums over the window's n_valid labels, in
      * mft_model_params(trainable) order; an app may reduce both over machines. nonzero stops: CANCELLED */
     int  (*on_gradients)(void *user, mft_tensor **params, int n_params, int64_t *n_valid);
     void  *user;
 } mft_trainer_desc;
 
-typedef struct mft_eval { double loss, perplexity; int64_t n_tokens; } mft_eval;
+/* What a run has come to. */
+typedef struct mft_trainer_info {
+    int64_t  step;                          /* optimizer steps done, those before a resumption included */
+    int64_t  eval_step;                     /* of the latest evaluation by mft_trainer_run; 0: none was */
+    mft_eval eval;                          /* the latest; behind load_best, the best one's             */
+    int64_t  best_step;                     /* of the evaluation with the lowest loss; 0: none was      */
+    double   best_loss;
+    int64_t  n_skipped;                     /* windows passed over by max_nonfinite                     */
+    int      stopped_early;                 /* by early_stopping_patience                               */
+} mft_trainer_info;
 
 /* Bytes a training step will need, by part. */
 typedef struct mft_plan {
@@ -486,10 +507,10 @@ MFT_API mft_status mft_trainer_plan      (mft_trainer *tr, int batch, int seq, m
 MFT_API mft_status mft_trainer_step      (mft_trainer *tr, mft_progress *out);
 /* The same on the caller's window of n micro-batches. */
 MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batches, int n, mft_progress *out);
-/* Steps with on_step, and checkpoints. CANCELLED comes between two steps: mft_trainer_save is right then. */
+/* Steps with on_step, evaluations and checkpoints as desc has them; fewer than n_steps with early stopping. A window
+ * that is passed over counts as a step. CANCELLED comes between two steps: mft_trainer_save is right then. */
 MFT_API mft_status mft_trainer_run       (mft_trainer *tr, int64_t n_steps);
-/* Optimizer steps done, those before a resumption included. */
-MFT_API int64_t    mft_trainer_steps     (const mft_trainer *tr);
+MFT_API void       mft_trainer_report    (const mft_trainer *tr, mft_trainer_info *out);
 /* Mean loss over held_out's batches (all of one epoch if max_batches is 0); nothing is trained. */
 MFT_API mft_status mft_trainer_evaluate  (mft_trainer *tr, mft_dataset *held_out, int max_batches, mft_eval *out);
 MFT_API void       mft_trainer_destroy   (mft_trainer *tr);
@@ -11434,8 +11455,13 @@ struct mft_trainer {
     uint64_t        passes;                 /* micro-batches of the steps done: the stream of dropout */
     int64_t         tokens, timed_steps;    /* of this object's steps, for the speed                  */
     double          seconds;
+    double          first_seconds;          /* of the first of them, which is slower                  */
+    double          eval_seconds, save_seconds;     /* of evaluations and checkpoints of this object  */
+    int             n_evals, n_saves;
     char           *save_dir;               /* desc's                                                 */
     int64_t         saved_step;             /* of the latest checkpoint                               */
+    mft_trainer_info info;
+    int             evals_since_best, nonfinite_in_row;
     uint64_t        base_hash, tokenizer_hash;      /* made when first needed, see [CHECKPOINT]       */
     int             identified;
 };
@@ -11516,6 +11542,11 @@ MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const
     tr->warmup = tr->desc.warmup_steps ? tr->desc.warmup_steps : (int64_t)ceil(tr->desc.warmup_ratio * (double)tr->desc.total_steps);
     if (tr->desc.micro_batch < 0 || tr->desc.grad_accum < 0 || tr->desc.warmup_steps < 0 || !(tr->desc.learning_rate >= 0) || !(tr->desc.learning_rate_min >= 0) || !(tr->desc.warmup_ratio >= 0)) {
         s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_create: a batch, a number of steps or a learning rate below zero");
+        goto fail;
+    }
+    if (tr->desc.max_nonfinite < 0 || tr->desc.eval_steps < 0 || tr->desc.early_stopping_patience < 0
+        || ((tr->desc.eval_steps || tr->desc.early_stopping_patience || tr->desc.load_best) && !tr->desc.eval_data) || (tr->desc.load_best && !tr->save_dir)) {
+        s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_create: eval_steps, early_stopping_patience and load_best need eval_data, load_best a save_dir too, and none of them nor max_nonfinite is below zero");
         goto fail;
     }
     if (tr->desc.save_steps < 0 || tr->desc.save_total_limit < 0 || (tr->desc.save_steps && !tr->save_dir)) {
@@ -11630,6 +11661,29 @@ static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mf
     return s;
 }
 
+/* How many of the steps done .. end, end included, are multiples of `every`. */
+static double mft__times(int64_t done, int64_t end, int64_t every) { return every ? (double)(end / every - done / every) : 0; }
+
+/* Seconds to the end of mft_trainer_run: mean steps, and what comes between them. An evaluation that none has timed yet
+ * is taken for forward passes, a half of a LoRA step and a third of a full one. */
+static double mft__eta(mft_trainer *tr)
+{
+    const mft_trainer_desc *d = &tr->desc;
+    double   step = tr->timed_steps > 1 ? (tr->seconds - tr->first_seconds) / (double)(tr->timed_steps - 1) : tr->seconds;
+    double   evals, seconds;
+    if (!tr->target) return -1;
+    seconds = (step + d->pause_ms * 1e-3) * (double)(tr->target - tr->step);
+    evals   = d->eval_data ? mft__times(tr->step, tr->target, d->eval_steps) + (!d->eval_steps || tr->target % d->eval_steps ? 1 : 0) : 0;
+    if (evals > 0 && !tr->n_evals && tr->eval_seconds == 0) {   /* for as long as there is no measurement */
+        mft_dataset_info info;
+        if (mft_dataset_report(d->eval_data, &info) == MFT_OK)
+            tr->eval_seconds = tr->seconds / (double)tr->tokens * (double)info.n_tokens / (tr->model->desc.train_all ? 3 : 2);
+    }
+    seconds += evals * tr->eval_seconds / (tr->n_evals ? tr->n_evals : 1);
+    if (tr->n_saves) seconds += mft__times(tr->step, tr->target, d->save_steps) * tr->save_seconds / tr->n_saves;
+    return seconds > 0 ? seconds : 0;
+}
+
 /* The update of a window, and the report on it. */
 static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, double began, mft_progress *out)
 {
@@ -11647,8 +11701,9 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
     p.n_tokens = w->n_tokens; p.n_valid = w->n_valid;
     p.seconds = mft__now() - began;
     tr->tokens += w->n_tokens; tr->seconds += p.seconds; tr->timed_steps++;
+    if (tr->timed_steps == 1) tr->first_seconds = p.seconds;
     p.tokens_per_second = tr->seconds > 0 ? (double)tr->tokens / tr->seconds : 0;
-    p.eta_seconds = tr->target > tr->step ? tr->seconds / (double)tr->timed_steps * (double)(tr->target - tr->step) : tr->target ? 0 : -1;
+    p.eta_seconds = mft__eta(tr);
     if (tr->data) {
         mft_dataset_position at;
         mft_dataset_get_position(tr->data, &at);
@@ -11715,14 +11770,89 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
     return s;
 }
 
-MFT_API int64_t mft_trainer_steps(const mft_trainer *tr) { return tr ? tr->step : 0; }
-
-/* What is due between two steps. */
-static mft_status mft__between_steps(mft_trainer *tr)
+/* ---- runs ---- */
+MFT_API void mft_trainer_report(const mft_trainer *tr, mft_trainer_info *out)
 {
-    if (tr->desc.save_steps && tr->step && tr->step % tr->desc.save_steps == 0 && tr->saved_step != tr->step) return mft_trainer_save(tr, NULL);
+    if (!out) return;
+    memset(out, 0, sizeof *out);
+    if (!tr) return;
+    *out = tr->info;
+    out->step = tr->step;
+}
+
+/* A window that a step failed on, as it was not finite: the data goes on behind it, the step counts. */
+static mft_status mft__skip_window(mft_trainer *tr)
+{
+    mft_progress p;
+    mft_batch    b;
+    mft_status   s = MFT_OK;
+    int          i;
+    if (tr->nonfinite_in_row >= tr->desc.max_nonfinite) return MFT_ERR_NOT_FINITE;
+    mft__log(tr->ctx, MFT_LOG_WARNING, "step %lld is skipped: %.300s", (long long)tr->step + 1, mft_error_message(tr->ctx));
+    for (i = 0; i < tr->desc.grad_accum && s == MFT_OK; i++) s = mft_dataset_next(tr->data, tr->desc.micro_batch, &b);
+    if (s != MFT_OK) return s;
+    tr->step++; tr->nonfinite_in_row++; tr->info.n_skipped++;
+    memset(&p, 0, sizeof p);
+    p.step = tr->step; p.loss = p.grad_norm = (double)NAN;
+    p.learning_rate = mft_schedule(tr->desc.schedule, tr->desc.learning_rate, tr->desc.learning_rate_min, tr->warmup, tr->desc.total_steps, tr->step - 1);
+    p.eta_seconds = -1;
+    mft_process_memory(&p.resident_bytes, NULL);
+    mft_memory(tr->ctx, &p.memory);
+    if (tr->desc.on_step) tr->desc.on_step(tr->desc.user, &p);
     return MFT_OK;
 }
+
+static mft_status mft__run_step(mft_trainer *tr)
+{
+    mft_status s = mft_trainer_step(tr, NULL);
+    if (s == MFT_ERR_NOT_FINITE) {
+        int in_row = tr->nonfinite_in_row;
+        s = mft__skip_window(tr);
+        if (s == MFT_ERR_NOT_FINITE && in_row) {
+            char text[700];
+            snprintf(text, sizeof text, "%.600s", mft_error_message(tr->ctx));
+            mft__fail(tr->ctx, s, "step %lld, after %d in a row that were skipped: %s", (long long)tr->step + 1, in_row, text);
+        }
+    } else if (s == MFT_OK) tr->nonfinite_in_row = 0;
+    return s;
+}
+
+static mft_status mft__run_evaluation(mft_trainer *tr)
+{
+    mft_trainer_info *info = &tr->info;
+    mft_eval          e;
+    double            began = mft__now();
+    mft_status        s = mft_trainer_evaluate(tr, tr->desc.eval_data, 0, &e);
+    int               best;
+    if (s != MFT_OK) return s;
+    if (!tr->n_evals) tr->eval_seconds = 0;                     /* an estimate until now */
+    tr->eval_seconds += mft__now() - began; tr->n_evals++;
+    best = !info->best_step || e.loss < info->best_loss;
+    info->eval = e; info->eval_step = tr->step;
+    tr->evals_since_best = best ? 0 : tr->evals_since_best + 1;
+    if (best) { info->best_loss = e.loss; info->best_step = tr->step; }
+    info->stopped_early = tr->desc.early_stopping_patience && tr->evals_since_best >= tr->desc.early_stopping_patience;
+    if (tr->desc.on_eval) tr->desc.on_eval(tr->desc.user, tr->step, &e, best);
+    return MFT_OK;
+}
+
+/* What is due between two steps, unless it was done before a stop right here. */
+static mft_status mft__between_steps(mft_trainer *tr, int64_t end)
+{
+    const mft_trainer_desc *d = &tr->desc;
+    mft_status s = MFT_OK;
+    if (!tr->step) return MFT_OK;
+    if (d->eval_data && tr->info.eval_step != tr->step && (tr->step == end || (d->eval_steps && tr->step % d->eval_steps == 0))) s = mft__run_evaluation(tr);
+    if (s == MFT_OK && tr->save_dir && tr->saved_step != tr->step
+        && ((d->save_steps && tr->step % d->save_steps == 0) || (d->eval_data && tr->info.best_step == tr->step))) {
+        double began = mft__now();
+        s = mft_trainer_save(tr, NULL);
+        tr->save_seconds += mft__now() - began; tr->n_saves++;
+    }
+    return s;
+}
+
+static mft_status mft__load_best(mft_trainer *tr);                  /* [CHECKPOINT] */
 
 MFT_API mft_status mft_trainer_run(mft_trainer *tr, int64_t n_steps)
 {
@@ -11730,12 +11860,13 @@ MFT_API mft_status mft_trainer_run(mft_trainer *tr, int64_t n_steps)
     int64_t    end;
     if (!tr) return MFT_ERR_INVALID_ARGUMENT;
     end = tr->target = tr->step + n_steps;
-    s = mft__between_steps(tr);
-    while (s == MFT_OK && tr->step < end) {
-        s = mft_trainer_step(tr, NULL);
-        if (s == MFT_OK) s = mft__between_steps(tr);
+    s = mft__between_steps(tr, end);
+    while (s == MFT_OK && tr->step < end && !tr->info.stopped_early) {
+        s = mft__run_step(tr);
+        if (s == MFT_OK) s = mft__between_steps(tr, end);
         if (s == MFT_OK && mft__cancelled(tr->ctx) && tr->step < end) s = mft__fail(tr->ctx, MFT_ERR_CANCELLED, "cancelled after step %lld", (long long)tr->step);
     }
+    if (s == MFT_OK && tr->desc.load_best && tr->info.best_step && tr->info.best_step != tr->step) s = mft__load_best(tr);
     return s;
 }
 
@@ -11862,6 +11993,14 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__json_write_hex(&w, "seed", ctx->seed);
     mft__json_write_key(&w, "epoch");          mft__json_write_integer(&w, at.epoch);
     mft__json_write_key(&w, "row");            mft__json_write_integer(&w, at.row);
+    mft__json_write_key(&w, "best_global_step"); mft__json_write_integer(&w, tr->info.best_step);
+    mft__json_write_key(&w, "best_metric");    mft__json_write_number(&w, tr->info.best_loss, 0);
+    mft__json_write_key(&w, "evals_since_best"); mft__json_write_integer(&w, tr->evals_since_best);
+    mft__json_write_key(&w, "eval_step");      mft__json_write_integer(&w, tr->info.eval_step);
+    mft__json_write_key(&w, "eval_loss");      mft__json_write_number(&w, tr->info.eval.loss, 0);
+    mft__json_write_key(&w, "eval_tokens");    mft__json_write_integer(&w, tr->info.eval.n_tokens);
+    mft__json_write_key(&w, "n_skipped");      mft__json_write_integer(&w, tr->info.n_skipped);
+    mft__json_write_key(&w, "nonfinite_in_row"); mft__json_write_integer(&w, tr->nonfinite_in_row);
     mft__json_write_key(&w, "kernels");        mft__json_write_string(&w, mft_kernels_name(ctx), -1);
     mft__json_write_key(&w, "precision");      mft__json_write_string(&w, ctx->precision == MFT_PRECISION_BF16 ? "bf16" : "f32", -1);
     mft__json_write_key(&w, "settings");
@@ -11991,14 +12130,14 @@ static char *mft__checkpoint_path(mft_context *ctx, const char *dir, int64_t ste
     return mft__path_join(ctx, dir, name);
 }
 
-/* Removes the oldest checkpoints above the limit, each at once: it is renamed first. */
+/* Removes the oldest checkpoints above the limit, but for the best, each at once: it is renamed first. */
 static void mft__checkpoints_rotate(mft_trainer *tr)
 {
     mft_context *ctx = tr->ctx;
     int64_t      step = -1;
     int          n;
     while (tr->desc.save_total_limit && mft__checkpoint_find(ctx, tr->save_dir, 0, step, &step, &n) == MFT_OK && step >= 0 && n > tr->desc.save_total_limit) {
-        char *path = step == tr->step ? NULL : mft__checkpoint_path(ctx, tr->save_dir, step);
+        char *path = step == tr->step || step == tr->info.best_step ? NULL : mft__checkpoint_path(ctx, tr->save_dir, step);
         char *gone = path ? (char *)mft__alloc(ctx, strlen(path) + 32) : NULL;
         if (gone) {
             size_t bytes = strlen(path) + 32;
@@ -12274,8 +12413,39 @@ static mft_status mft__resume_state(const mft__resume *r)
     if (step < 0 || passes < 0 || at.epoch < 0 || at.row < 0) return mft__fail(tr->ctx, MFT_ERR_FORMAT, "%s: %s does not say at which step and place it was saved", mft__path(r->dir), mft__state_name);
     if (tr->data && (s = mft_dataset_set_position(tr->data, &at)) != MFT_OK) return s;
     tr->step = tr->saved_step = step; tr->passes = (uint64_t)passes;
+    memset(&tr->info, 0, sizeof tr->info);
+    tr->info.best_step     = mft_json_integer(mft_json_get(r->state, "best_global_step"), 0);
+    tr->info.best_loss     = mft_json_number(mft_json_get(r->state, "best_metric"), 0);
+    tr->info.eval_step     = mft_json_integer(mft_json_get(r->state, "eval_step"), 0);
+    tr->info.eval.loss     = mft_json_number(mft_json_get(r->state, "eval_loss"), 0);
+    tr->info.eval.n_tokens = mft_json_integer(mft_json_get(r->state, "eval_tokens"), 0);
+    tr->info.eval.perplexity = exp(tr->info.eval.loss);
+    tr->info.n_skipped     = mft_json_integer(mft_json_get(r->state, "n_skipped"), 0);
+    tr->evals_since_best   = (int)mft_json_integer(mft_json_get(r->state, "evals_since_best"), 0);
+    tr->nonfinite_in_row   = (int)mft_json_integer(mft_json_get(r->state, "nonfinite_in_row"), 0);
+    tr->info.stopped_early = tr->desc.early_stopping_patience && tr->evals_since_best >= tr->desc.early_stopping_patience;
     tr->ctx->seed = mft__json_hex(mft_json_get(r->state, "seed"));
     return MFT_OK;
+}
+
+/* The weights of the best checkpoint, which this run or the one it resumed saved; the rest stays. */
+static mft_status mft__load_best(mft_trainer *tr)
+{
+    mft_context     *ctx = tr->ctx;
+    mft_safetensors *st = NULL;
+    mft__resume      r;
+    mft_tensor      *trained = mft__trained_tensors(tr);
+    mft_status       s;
+    memset(&r, 0, sizeof r);
+    r.tr = tr;
+    r.dir = mft__checkpoint_path(ctx, tr->save_dir, tr->info.best_step);
+    s = trained && r.dir ? mft__resume_tensors(&r, tr->model->desc.train_all ? "model.safetensors" : "adapter_model.safetensors", trained, tr->n_params, &st) : MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK) s = mft__resume_read(st, trained, tr->n_params);
+    if (s == MFT_OK) { tr->info.eval.loss = tr->info.best_loss; tr->info.eval.perplexity = exp(tr->info.best_loss); }
+    mft_safetensors_close(st);
+    if (trained) mft__free(ctx, trained, (size_t)tr->n_params * sizeof *trained);
+    mft__strfree(ctx, r.dir);
+    return s;
 }
 
 MFT_API mft_status mft_trainer_resume(mft_trainer *tr, const char *dir)

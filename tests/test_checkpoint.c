@@ -1,5 +1,6 @@
-/* test_checkpoint.c - stopping and going on: resumed against straight through, bit for bit; what is refused, by name;
- * kills at any moment, disks that fill up, directories that cannot be written.
+/* test_checkpoint.c - what a run does between its steps. Stopping and going on: resumed against straight through, bit
+ * for bit; what is refused, by name; kills at any moment, disks that fill up, directories that cannot be written.
+ * Evaluations: the best kept and loaded, early stopping; windows that are not finite.
  * $MFT_KILLS: how many times a run is killed (default 8); tests/kill9.sh asks for 200. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE                         /* mkdtemp, fork, kill, setrlimit */
@@ -88,11 +89,14 @@ typedef struct recipe {
     uint64_t    seed, data_seed;
     const char *save_dir;
     int         save_steps, save_total_limit;
+    int         eval_steps, patience, load_best, max_nonfinite, eval_rows;
+    void      (*on_eval)(void *user, int64_t step, const mft_eval *e, int is_best);
+    void       *user;
     mft_allocator allocator;
     void      (*log)(void *user, mft_log_level level, const char *text);
 } recipe;
 
-typedef struct run { mft_context *ctx; mft_model *m; mft_dataset *data; mft_trainer *tr; } run;
+typedef struct run { mft_context *ctx; mft_model *m; mft_dataset *data, *held; mft_trainer *tr; } run;
 
 static void close_run(run *r) { mft_context_destroy(r->ctx); memset(r, 0, sizeof *r); }
 
@@ -125,6 +129,17 @@ static mft_status try_open(const recipe *k, run *r)
         for (j = 0; j < 12; j++) ids[j] = (int32_t)((test_random(&seed) + 1) * 26);
         if ((s = mft_dataset_add_tokens(r->data, ids, NULL, 5 + i * 5 % 8)) != MFT_OK) return s;
     }
+    if (k->eval_rows) {                                         /* of other ids: what is learnt does not help for long */
+        if ((s = mft_dataset_create(r->ctx, NULL, &dd, &r->held)) != MFT_OK) return s;
+        for (i = 0; i < k->eval_rows; i++) {
+            int32_t ids[12];
+            for (j = 0; j < 12; j++) ids[j] = (int32_t)((test_random(&seed) + 1) * 26);
+            if ((s = mft_dataset_add_tokens(r->held, ids, NULL, 12)) != MFT_OK) return s;
+        }
+        td.eval_data = r->held; td.eval_steps = k->eval_steps; td.early_stopping_patience = k->patience; td.load_best = k->load_best;
+        td.on_eval = k->on_eval;
+    }
+    td.max_nonfinite = k->max_nonfinite; td.user = k->user;
     return mft_trainer_create(r->m, r->data, &td, &r->tr);
 }
 
@@ -138,6 +153,13 @@ static run open_run(const recipe *k)
 }
 
 static void steps(run *r, int64_t n) { CHECK_MSG(mft_trainer_run(r->tr, n) == MFT_OK, "%s", mft_error_message(r->ctx)); }
+
+static int64_t done(const run *r)
+{
+    mft_trainer_info info;
+    mft_trainer_report(r->tr, &info);
+    return info.step;
+}
 
 /* All that a run is: weights and moments, as one number. */
 static uint64_t bits(run *r)
@@ -184,7 +206,7 @@ static void test_same_bits(void)
             CHECK_MSG(mft_trainer_save(r.tr, in_room("saved")) == MFT_OK, "%s", mft_error_message(r.ctx));
             close_run(&r);
             r = open_run(&other);
-            CHECK_MSG(mft_trainer_resume(r.tr, in_room("saved")) == MFT_OK && mft_trainer_steps(r.tr) == stop, "%s", mft_error_message(r.ctx));
+            CHECK_MSG(mft_trainer_resume(r.tr, in_room("saved")) == MFT_OK && done(&r) == stop, "%s", mft_error_message(r.ctx));
             steps(&r, 20 - stop);
             CHECK_MSG(bits(&r) == straight, "way %d, stopped after %d", w, stop);
             close_run(&r);
@@ -253,7 +275,7 @@ static void test_numbered(void)
     snprintf(path, sizeof path, "%s/checkpoint-of-mine/notes", dir);
     write_file(path, "mine", 4);
     r = open_run(&k);
-    CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && mft_trainer_steps(r.tr) == 10, "%s", mft_error_message(r.ctx));
+    CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && done(&r) == 10, "%s", mft_error_message(r.ctx));
     CHECK(bits(&r) == straight);
     steps(&r, 2);
     CHECK_MSG(count(dir, "tmp-") == 0 && count(dir, "of-mine") == 1 && count(dir, "checkpoint-12") == 1 && count(dir, "checkpoint-9") == 0, "%d %d", count(dir, "tmp-"), count(dir, ""));
@@ -273,7 +295,7 @@ static void refused(const recipe *k, const char *dir, mft_status status, const c
     uint64_t   before = bits(&r);
     mft_status s = mft_trainer_resume(r.tr, dir);
     CHECK_MSG(s == status && strstr(mft_error_message(r.ctx), word), "status %d, not %d: \"%s\" should say \"%s\"", (int)s, (int)status, mft_error_message(r.ctx), word);
-    CHECK(bits(&r) == before && mft_trainer_steps(r.tr) == 0);
+    CHECK(bits(&r) == before && done(&r) == 0);
     close_run(&r);
 }
 
@@ -365,7 +387,7 @@ static void child_run(const recipe *k, const char *result)
         fflush(stdout);
         _exit(2);
     }
-    if (mft_trainer_run(r.tr, 20 - mft_trainer_steps(r.tr)) != MFT_OK) { printf("%s\n", mft_error_message(r.ctx)); fflush(stdout); _exit(3); }
+    if (mft_trainer_run(r.tr, 20 - done(&r)) != MFT_OK) { printf("%s\n", mft_error_message(r.ctx)); fflush(stdout); _exit(3); }
     h = bits(&r);
     f = fopen(result, "wb");
     if (!f || fwrite(&h, sizeof h, 1, f) != 1 || fclose(f) != 0) _exit(4);
@@ -454,7 +476,7 @@ static void test_no_room(void)
                 if (geteuid() == 0 && (chmod(room, 0755) != 0 || setgid(65534) != 0 || setuid(65534) != 0)) _exit(5);
             }
             if (mft_trainer_run(r.tr, 4) != MFT_ERR_IO || !strstr(mft_error_message(r.ctx), "checkpoint-6")) _exit(6);
-            if (mft_trainer_steps(r.tr) != 6) _exit(7);                 /* the trainer is well: it could save elsewhere */
+            if (done(&r) != 6) _exit(7);                 /* the trainer is well: it could save elsewhere */
             _exit(0);
         }
         CHECK(waitpid(child, &status, 0) == child);
@@ -463,7 +485,7 @@ static void test_no_room(void)
         CHECK(system(command) == 0);
         CHECK_MSG(count(dir, "") == 2 && count(dir, "checkpoint-4") == 1, "way %d: %d names", way, count(dir, ""));
         r = open_run(&k);
-        CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && mft_trainer_steps(r.tr) == 4, "way %d: %s", way, mft_error_message(r.ctx));
+        CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && done(&r) == 4, "way %d: %s", way, mft_error_message(r.ctx));
         close_run(&r);
     }
 }
@@ -482,7 +504,7 @@ static void test_between_renames(void)
     snprintf(command, sizeof command, "mv %s %s.tmp-old", in_room("swap"), in_room("swap"));
     CHECK(system(command) == 0);
     r = open_run(&k);
-    CHECK_MSG(mft_trainer_resume(r.tr, in_room("swap")) == MFT_OK && mft_trainer_steps(r.tr) == 2, "%s", mft_error_message(r.ctx));
+    CHECK_MSG(mft_trainer_resume(r.tr, in_room("swap")) == MFT_OK && done(&r) == 2, "%s", mft_error_message(r.ctx));
     steps(&r, 1);
     CHECK(mft_trainer_save(r.tr, in_room("swap")) == MFT_OK && count(room, "swap") == 1);
     close_run(&r);
@@ -503,12 +525,165 @@ static void test_cancel_after_step(void)
     memset(&k, 0, sizeof k);
     r = open_run(&k);
     r.tr->desc.on_gradients = cancel_politely; r.tr->desc.user = r.ctx;
-    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && mft_trainer_steps(r.tr) == 1);
-    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && mft_trainer_steps(r.tr) == 2);
+    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && done(&r) == 1);
+    CHECK(mft_trainer_run(r.tr, 5) == MFT_ERR_CANCELLED && done(&r) == 2);
     r.tr->desc.on_gradients = NULL;
     mft_cancel(r.ctx, 0);
     steps(&r, 3);
-    CHECK(mft_trainer_steps(r.tr) == 5);
+    CHECK(done(&r) == 5);
+    close_run(&r);
+}
+
+/* ==== evaluations ==== */
+typedef struct evals { int n, n_best; int64_t step[40]; double loss[40]; mft_context *ctx; int64_t stop; } evals;
+
+static void on_eval(void *user, int64_t step, const mft_eval *e, int is_best)
+{
+    evals *v = (evals *)user;
+    if (v->n == 40) return;
+    v->step[v->n] = step; v->loss[v->n++] = e->loss;
+    v->n_best += is_best;
+}
+
+static void stop_there(void *user, const mft_progress *p)
+{
+    const evals *v = (const evals *)user;
+    if (p->step == v->stop) mft_cancel(v->ctx, 1);
+}
+
+/* Every second step and in the end; the best is kept past the limit and loaded; the run ends early. The same when it is
+ * stopped on the way, at any step. */
+static void test_evaluations(void)
+{
+    recipe   k;
+    run      r;
+    evals    v, w;
+    mft_trainer_info info, other;
+    mft_eval e;
+    uint64_t straight;
+    int      i, best = 0, stop;
+    char     dir[700], path[900];
+    snprintf(dir, sizeof dir, "%s", in_room("evals"));
+    memset(&k, 0, sizeof k); memset(&v, 0, sizeof v);
+    k.eval_rows = 5; k.eval_steps = 2; k.on_eval = on_eval; k.user = &v; k.lr = 0.05;
+    r = open_run(&k);
+    steps(&r, 19);
+    for (i = 0; i < v.n; i++) if (v.loss[i] < v.loss[best]) best = i;
+    mft_trainer_report(r.tr, &info);
+    CHECK_MSG(v.n == 10 && v.step[0] == 2 && v.step[8] == 18 && v.step[9] == 19, "%d evaluations", v.n);
+    CHECK_MSG(best > 0 && best < 6 && info.best_step == v.step[best] && info.best_loss == v.loss[best] && info.eval_step == 19 && info.eval.loss == v.loss[9] && !info.stopped_early,
+              "best %lld, %g: an evaluation that rises is what this test needs", (long long)info.best_step, info.best_loss);
+    close_run(&r);
+    k.patience = 3; k.load_best = 1; k.save_dir = dir; k.save_steps = 1; k.save_total_limit = 2;
+    memset(&v, 0, sizeof v);
+    r = open_run(&k);
+    steps(&r, 19);
+    straight = bits(&r);
+    mft_trainer_report(r.tr, &info);
+    CHECK_MSG(info.stopped_early && info.step == v.step[best] + 6 && info.best_step == v.step[best] && info.eval.loss == v.loss[best], "stopped at %lld", (long long)info.step);
+    snprintf(path, sizeof path, "checkpoint-%lld", (long long)info.best_step);
+    CHECK_MSG(count(dir, "") == 2 && count(dir, path) == 1, "%d checkpoints", count(dir, ""));
+    CHECK(mft_trainer_evaluate(r.tr, r.held, 0, &e) == MFT_OK && e.loss == info.best_loss && e.n_tokens == info.eval.n_tokens);
+    close_run(&r);
+    for (stop = 1; stop < info.step; stop += 3) {
+        remove_dir(dir);
+        memset(&w, 0, sizeof w);
+        k.user = &w;
+        r = open_run(&k);
+        w.ctx = r.ctx; w.stop = stop;
+        r.tr->desc.on_step = stop_there;
+        CHECK(mft_trainer_run(r.tr, 19) == MFT_ERR_CANCELLED && done(&r) == stop);     /* before what was due behind that step */
+        mft_cancel(r.ctx, 0);
+        CHECK(mft_trainer_save(r.tr, NULL) == MFT_OK);
+        close_run(&r);
+        r = open_run(&k);
+        CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && done(&r) == stop, "%s", mft_error_message(r.ctx));
+        steps(&r, 19 - done(&r));
+        mft_trainer_report(r.tr, &other);
+        CHECK_MSG(bits(&r) == straight && other.best_step == info.best_step && other.step == info.step && other.stopped_early, "stopped after %d: ends at %lld, best %lld", stop,
+                  (long long)other.step, (long long)other.best_step);
+        close_run(&r);
+    }
+    k.eval_rows = 0; k.eval_steps = 2;
+    {
+        mft_trainer_desc d;
+        mft_trainer     *tr = NULL;
+        r = open_run(&k);
+        memset(&d, 0, sizeof d);
+        d.eval_steps = 2;
+        CHECK(mft_trainer_create(r.m, r.data, &d, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "eval_data"));
+        d.eval_data = r.data; d.load_best = 1;
+        CHECK(mft_trainer_create(r.m, r.data, &d, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "save_dir"));
+        close_run(&r);
+    }
+}
+
+/* ==== what is not finite ==== */
+typedef struct poison { int calls, from, n; } poison;
+
+static int on_poison(void *user, mft_tensor **params, int n, int64_t *n_valid)
+{
+    poison *p = (poison *)user;
+    (void)n; (void)n_valid;
+    if (p->calls >= p->from && p->calls < p->from + p->n) ((float *)params[0]->grad->data)[0] = NAN;
+    p->calls++;
+    return 0;
+}
+
+/* Two bad windows: passed over, as if they had not been in the data; a third in a row ends the run, nothing lost. */
+static void test_not_finite(void)
+{
+    recipe   k;
+    run      r;
+    poison   p;
+    uint64_t straight;
+    mft_batch b;
+    mft_trainer_info info;
+    int      i;
+    memset(&k, 0, sizeof k);
+    k.log = on_log;
+    r = open_run(&k);                                           /* steps 3 and 4 left out by hand */
+    r.tr->desc.schedule = MFT_SCHEDULE_CONSTANT;
+    steps(&r, 3);
+    for (i = 0; i < 4; i++) CHECK(mft_dataset_next(r.data, 2, &b) == MFT_OK);
+    steps(&r, 5);
+    straight = bits(&r);
+    close_run(&r);
+    k.max_nonfinite = 2; k.user = &p;
+    memset(&p, 0, sizeof p); p.from = 3; p.n = 2;
+    n_warnings = 0;
+    r = open_run(&k);
+    r.tr->desc.schedule = MFT_SCHEDULE_CONSTANT; r.tr->desc.on_gradients = on_poison;
+    steps(&r, 10);
+    mft_trainer_report(r.tr, &info);
+    CHECK_MSG(bits(&r) == straight && info.n_skipped == 2 && info.step == 10 && n_warnings == 2 && strstr(warned, "step 5 is skipped"), "%lld skipped, \"%s\"", (long long)info.n_skipped, warned);
+    close_run(&r);
+    memset(&p, 0, sizeof p); p.from = 3; p.n = 3;
+    r = open_run(&k);
+    r.tr->desc.on_gradients = on_poison;
+    CHECK(mft_trainer_run(r.tr, 10) == MFT_ERR_NOT_FINITE && strstr(mft_error_message(r.ctx), "2 in a row") && done(&r) == 5);
+    CHECK(mft_trainer_save(r.tr, in_room("nonfinite")) == MFT_OK);      /* weights are those of the last good step */
+    close_run(&r);
+    r = open_run(&k);
+    CHECK(mft_trainer_resume(r.tr, in_room("nonfinite")) == MFT_OK && mft_trainer_run(r.tr, 2) == MFT_OK && done(&r) == 7);
+    close_run(&r);
+}
+
+/* The time that is left, from measured times put in by hand: no clock is asked. */
+static void test_eta(void)
+{
+    recipe k;
+    run    r;
+    memset(&k, 0, sizeof k);
+    k.eval_rows = 4; k.eval_steps = 10;
+    r = open_run(&k);
+    r.tr->target = 105; r.tr->step = 5;
+    r.tr->timed_steps = 5; r.tr->first_seconds = 9; r.tr->seconds = 9 + 4 * 2.0; r.tr->tokens = 170;
+    /* 100 steps of 2 s; evaluations at 10, 20 .. 100 and 105: 48 tokens at 0.1 s each in training, a half of that each */
+    CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 2.4)) < 1e-9, "%g", mft__eta(r.tr));
+    r.tr->n_evals = 2; r.tr->eval_seconds = 6;
+    r.tr->n_saves = 1; r.tr->save_seconds = 4; r.tr->desc.save_steps = 50;
+    CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 3 + 2 * 4)) < 1e-9, "%g", mft__eta(r.tr));
     close_run(&r);
 }
 
@@ -580,6 +755,9 @@ int main(void)
     TEST(test_no_room);
     TEST(test_between_renames);
     TEST(test_cancel_after_step);
+    TEST(test_evaluations);
+    TEST(test_not_finite);
+    TEST(test_eta);
     TEST(test_allocations);
     remove_dir(room);
     return test_report("checkpoint");

@@ -584,6 +584,13 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
     return 1;
 }
 
+static int64_t steps_done(const mft_trainer *tr)
+{
+    mft_trainer_info info;
+    mft_trainer_report(tr, &info);
+    return info.step;
+}
+
 /* The log of a run that goes on behind `step`: lines of later steps, and one cut in the middle, are taken out. NULL: a
  * sentence is on stderr. */
 static FILE *open_log(session *s, const char *path, int64_t step)
@@ -603,10 +610,10 @@ static FILE *open_log(session *s, const char *path, int64_t step)
 /* After an interruption: what was done is kept, if checkpoints were asked for. */
 static void save_interrupted(const options *o, session *s, mft_trainer *tr)
 {
-    if (!tr || !mft_trainer_steps(tr) || !(o->checkpoint_save_steps || o->checkpoint_save_dir)) return;
+    if (!tr || !steps_done(tr) || !(o->checkpoint_save_steps || o->checkpoint_save_dir)) return;
     mft_cancel(s->ctx, 0);
     if (mft_trainer_save(tr, NULL) != MFT_OK) fail(s, MFT_ERR_IO);
-    else fprintf(stderr, "mft: step %lld is in %s: go on with --resume-from latest\n", (long long)mft_trainer_steps(tr),
+    else fprintf(stderr, "mft: step %lld is in %s: go on with --resume-from latest\n", (long long)steps_done(tr),
                  o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output);
 }
 
@@ -699,16 +706,16 @@ static int run_finetune(const options *given)
         mft_lora_report(s.model, on_target, NULL);
     }
     if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : td.save_dir)) != MFT_OK) goto failed;
-    if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)mft_trainer_steps(tr));
-    if (o.log && !(v.log = open_log(&s, o.log, mft_trainer_steps(tr)))) { exit_status = 1; goto done; }
+    if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)steps_done(tr));
+    if (o.log && !(v.log = open_log(&s, o.log, steps_done(tr)))) { exit_status = 1; goto done; }
     v.began = v.shown = mft__now();
-    status = mft_trainer_run(tr, steps - mft_trainer_steps(tr));
+    status = mft_trainer_run(tr, steps - steps_done(tr));
     if (status != MFT_OK) goto failed;
     if (held && (status = mft_trainer_evaluate(tr, held, 0, &eval)) != MFT_OK) goto failed;
     status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
     if (status != MFT_OK) goto failed;
     if (o.json) {
-        printf("{\"steps\":%lld,\"train_loss\":", (long long)mft_trainer_steps(tr));
+        printf("{\"steps\":%lld,\"train_loss\":", (long long)steps_done(tr));
         json_number(stdout, v.steps ? v.loss_sum / (double)v.steps : NAN);
         printf(",\"eval_loss\":");       if (held) json_number(stdout, eval.loss); else printf("null");
         printf(",\"eval_perplexity\":"); if (held) json_number(stdout, eval.perplexity); else printf("null");
@@ -717,7 +724,7 @@ static int run_finetune(const options *given)
         json_string(stdout, o.output);
         printf("}\n");
     } else {
-        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)mft_trainer_steps(tr), v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
+        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)steps_done(tr), v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
         if (held) printf("held out: loss %.4f, perplexity %.3f over %lld tokens\n", eval.loss, eval.perplexity, (long long)eval.n_tokens);
         printf("saved %s in %s\n", o.full ? "the model" : "the adapter", o.output);
     }
