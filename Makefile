@@ -34,10 +34,10 @@ $(BUILD):
 $(BUILD)/mft: tools/mft.c tools/bench.h $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. tools/mft.c -o $@ $(LIBS)
 
-$(BUILD)/test_%: tests/test_%.c tests/test.h $(HEADERS) | $(BUILD)
+$(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -Itests $< -o $@ $(LIBS)
 
-$(BUILD)/test_%: tests/test_%.cc tests/test.h $(HEADERS) | $(BUILD)
+$(BUILD)/test_%: tests/test_%.cc $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
 	$(CXX) -std=c++11 $(CFLAGS) -Wall -Wextra -Wpedantic -Wshadow -I. -Itests $< -o $@ $(LIBS)
 
 $(BUILD)/%: examples/%.c $(HEADERS) | $(BUILD)

@@ -8,7 +8,7 @@
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
-#include "test.h"
+#include "room.h"
 
 #include <dirent.h>
 #include <signal.h>
@@ -16,48 +16,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char         room[300];
 static mft_context *ctx;
-
-static const char *in_room(const char *name)
-{
-    static char buffers[8][700];
-    static int  next;
-    char       *b = buffers[next++ % 8];
-    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
-    return b;
-}
-
-static void remove_dir(const char *dir)     /* one level of directories deep and more */
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    char           path[1200];
-    while (d && (e = readdir(d)) != NULL) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        if (unlink(path) != 0) remove_dir(path);
-    }
-    if (d) closedir(d);
-    rmdir(dir);
-}
-
-static int count_files(const char *dir)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    int            n = 0;
-    while (d && (e = readdir(d)) != NULL) n += strcmp(e->d_name, ".") && strcmp(e->d_name, "..");
-    if (d) closedir(d);
-    return n;
-}
-
-static void write_file(const char *path, const char *text, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK_MSG(f && fwrite(text, 1, bytes, f) == bytes, "%s", path);
-    if (f) fclose(f);
-}
 
 /* Copies the files of tests/golden/FIXTURE to a directory of the room, new each time. */
 static void copy_fixture(const char *fixture, const char *to)
@@ -232,7 +191,7 @@ static void test_configs(void)
         mft_memory(ctx, &after);
         CHECK_MSG(after.now == before.now, "%s: %lld bytes are kept", what, (long long)(after.now - before.now));
     }
-    CHECK(count_files(room) == 1);
+    CHECK(count_files(room, "") == 1);
 }
 
 static void test_config_files(void)
@@ -523,7 +482,7 @@ static void test_attach(void)
     EXPECT(mft_lora_attach(NULL, NULL), MFT_ERR_INVALID_ARGUMENT, NULL, NULL, NULL);
     EXPECT(mft_lora_save(m, in_room("none")), MFT_ERR_INVALID_ARGUMENT, "no adapter", NULL, NULL);
     EXPECT(mft_lora_merge(m), MFT_ERR_INVALID_ARGUMENT, "no adapter", NULL, NULL);
-    CHECK(count_files(in_room("none")) == 0);
+    CHECK(count_files(in_room("none"), "") == 0);
     mft_model_destroy(m); mft_model_destroy(full);
 }
 
@@ -697,7 +656,7 @@ static void test_outputs(void)
     EXPECT(mft_model_init(ctx, in_room("nothing.json"), 0, MFT_F32, in_room("fresh")), MFT_ERR_IO, "nothing.json", NULL, NULL);
     unlink(in_room("file"));
     remove_dir(in_room("m")); remove_dir(in_room("a"));
-    CHECK(count_files(room) == 0);
+    CHECK(count_files(room, "") == 0);
 
     /* a full disk: what was there stays, nothing else appears */
     CHECK(mft_lora_save(m, in_room("old")) == MFT_OK);
@@ -715,7 +674,7 @@ static void test_outputs(void)
     CHECK(setrlimit(RLIMIT_FSIZE, &old) == 0);
     after = test_read_file(in_room("old/adapter_model.safetensors"), &bytes);
     CHECK(before && after && !memcmp(before, after, bytes));
-    CHECK(count_files(room) == 1 && count_files(in_room("old")) == 2);
+    CHECK(count_files(room, "") == 1 && count_files(in_room("old"), "") == 2);
     free(before); free(after);
     remove_dir(in_room("old"));
     mft_model_destroy(m); mft_model_destroy(base);
@@ -754,12 +713,10 @@ static void test_nulls(void)
 
 int main(void)
 {
-    const char      *tmp = getenv("TMPDIR");
     mft_context_desc d;
     memset(&d, 0, sizeof d);
     d.memory_budget = (size_t)64 << 20;                         /* what is broken must not cost much */
-    snprintf(room, sizeof room, "%.200s/mft-test-bad-XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(room) || mft_context_create(&d, &ctx) != MFT_OK) { printf("no temporary directory\n"); return 1; }
+    if (!room_make("bad") || mft_context_create(&d, &ctx) != MFT_OK) return 1;
     TEST(test_configs);
     TEST(test_config_files);
     TEST(test_weights);

@@ -9,55 +9,13 @@
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
-#include "test.h"
+#include "room.h"
 
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 
-static char room[300];                      /* a directory of our own, emptied at the end */
-
-static const char *in_room(const char *name)
-{
-    static char buffers[8][700];
-    static int  next;
-    char       *b = buffers[next++ % 8];
-    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
-    return b;
-}
-
-static void remove_dir(const char *dir)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    char           path[1200];
-    while (d && (e = readdir(d)) != NULL) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        if (unlink(path) != 0) remove_dir(path);
-    }
-    if (d) closedir(d);
-    rmdir(dir);
-}
-
-/* Names in a directory, and among them those with a word in them. */
-static int count(const char *dir, const char *word)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    int            n = 0;
-    while (d && (e = readdir(d)) != NULL) n += e->d_name[0] != '.' && strstr(e->d_name, word) != NULL;
-    if (d) closedir(d);
-    return n;
-}
-
-static void write_file(const char *path, const char *text, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK_MSG(f && fwrite(text, 1, bytes, f) == bytes, "%s", path);
-    if (f) fclose(f);
-}
 
 static void copy_file(const char *from, const char *to)
 {
@@ -211,7 +169,7 @@ static void test_same_bits(void)
             CHECK_MSG(bits(&r) == straight, "way %d, stopped after %d", w, stop);
             close_run(&r);
         }
-        CHECK(count(room, "saved") == 1 && count(in_room("saved"), "") == (ways[w].full ? ways[w].base ? 4 : 5 : 4));
+        CHECK(count_files(room, "saved") == 1 && count_files(in_room("saved"), "") == (ways[w].full ? ways[w].base ? 4 : 5 : 4));
     }
 }
 
@@ -264,8 +222,8 @@ static void test_numbered(void)
     r = open_run(&k);
     steps(&r, 10);
     straight = bits(&r);
-    CHECK(count(dir, "") == 2 && count(dir, "checkpoint-6") == 1 && count(dir, "checkpoint-9") == 1);
-    CHECK(mft_trainer_save(r.tr, NULL) == MFT_OK && count(dir, "") == 2 && count(dir, "checkpoint-10") == 1);
+    CHECK(count_files(dir, "") == 2 && count_files(dir, "checkpoint-6") == 1 && count_files(dir, "checkpoint-9") == 1);
+    CHECK(mft_trainer_save(r.tr, NULL) == MFT_OK && count_files(dir, "") == 2 && count_files(dir, "checkpoint-10") == 1);
     close_run(&r);
     /* what kills leave: a directory and a file half written, a removal half done; and what is none of ours */
     snprintf(path, sizeof path, "mkdir -p %s/checkpoint-12.tmp-99999-0 %s/checkpoint-3.tmp-1-0 %s/checkpoint-of-mine %s/checkpoint-77", dir, dir, dir, dir);
@@ -278,13 +236,13 @@ static void test_numbered(void)
     CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && done(&r) == 10, "%s", mft_error_message(r.ctx));
     CHECK(bits(&r) == straight);
     steps(&r, 2);
-    CHECK_MSG(count(dir, "tmp-") == 0 && count(dir, "of-mine") == 1 && count(dir, "checkpoint-12") == 1 && count(dir, "checkpoint-9") == 0, "%d %d", count(dir, "tmp-"), count(dir, ""));
+    CHECK_MSG(count_files(dir, "tmp-") == 0 && count_files(dir, "of-mine") == 1 && count_files(dir, "checkpoint-12") == 1 && count_files(dir, "checkpoint-9") == 0, "%d %d", count_files(dir, "tmp-"), count_files(dir, ""));
     close_run(&r);
     /* a plain save to a path cleans up what was left beside that path */
     snprintf(path, sizeof path, "%s.tmp-4242-1", in_room("adapter/adapter_config.json"));
     write_file(path, "half", 4);
     r = open_run(&k);
-    CHECK(mft_lora_save(r.m, in_room("adapter")) == MFT_OK && count(in_room("adapter"), "tmp-") == 0);
+    CHECK(mft_lora_save(r.m, in_room("adapter")) == MFT_OK && count_files(in_room("adapter"), "tmp-") == 0);
     close_run(&r);
 }
 
@@ -322,7 +280,7 @@ static void test_refusals(void)
     CHECK(mft_trainer_save(r.tr, dir) == MFT_OK);
     write_file(in_room("adapter/precious"), "mine", 4);
     CHECK(mft_trainer_save(r.tr, in_room("adapter")) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "something else"));
-    CHECK(count(in_room("adapter"), "precious") == 1);
+    CHECK(count_files(in_room("adapter"), "precious") == 1);
     CHECK(mft_trainer_save(r.tr, in_room("adapter/precious")) == MFT_ERR_IO && strstr(mft_error_message(r.ctx), "precious"));
     CHECK(mft_trainer_save(r.tr, NULL) == MFT_ERR_INVALID_ARGUMENT);
     /* another base of the same shapes; another tokenizer */
@@ -382,7 +340,7 @@ static void child_run(const recipe *k, const char *result)
     run      r = open_run(k);
     uint64_t h;
     FILE    *f;
-    if (count(k->save_dir, "checkpoint-") && count(k->save_dir, "checkpoint-") > count(k->save_dir, "tmp-") && mft_trainer_resume(r.tr, k->save_dir) != MFT_OK) {
+    if (count_files(k->save_dir, "checkpoint-") && count_files(k->save_dir, "checkpoint-") > count_files(k->save_dir, "tmp-") && mft_trainer_resume(r.tr, k->save_dir) != MFT_OK) {
         printf("%s\n", mft_error_message(r.ctx));
         fflush(stdout);
         _exit(2);
@@ -436,7 +394,7 @@ static void test_kills(void)
             free(text);
         }
         CHECK_MSG(h == straight, "run %d, after %d kills: other bits", runs, kills);
-        CHECK_MSG(count(dir, "") <= 3, "%d names in the directory", count(dir, ""));
+        CHECK_MSG(count_files(dir, "") <= 3, "%d names in the directory", count_files(dir, ""));
         runs++;
         remove_dir(dir);
     }
@@ -483,7 +441,7 @@ static void test_no_room(void)
         CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 0, "way %d: status %x", way, (unsigned)status);
         snprintf(command, sizeof command, "chmod 755 %s", dir);
         CHECK(system(command) == 0);
-        CHECK_MSG(count(dir, "") == 2 && count(dir, "checkpoint-4") == 1, "way %d: %d names", way, count(dir, ""));
+        CHECK_MSG(count_files(dir, "") == 2 && count_files(dir, "checkpoint-4") == 1, "way %d: %d names", way, count_files(dir, ""));
         r = open_run(&k);
         CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && done(&r) == 4, "way %d: %s", way, mft_error_message(r.ctx));
         close_run(&r);
@@ -506,7 +464,7 @@ static void test_between_renames(void)
     r = open_run(&k);
     CHECK_MSG(mft_trainer_resume(r.tr, in_room("swap")) == MFT_OK && done(&r) == 2, "%s", mft_error_message(r.ctx));
     steps(&r, 1);
-    CHECK(mft_trainer_save(r.tr, in_room("swap")) == MFT_OK && count(room, "swap") == 1);
+    CHECK(mft_trainer_save(r.tr, in_room("swap")) == MFT_OK && count_files(room, "swap") == 1);
     close_run(&r);
 }
 
@@ -732,7 +690,7 @@ static void test_allocations(void)
                 failed++;
                 CHECK_MSG(s == MFT_ERR_OUT_OF_MEMORY && strlen(mft_error_message(r.ctx)) > 5, "way %d, allocation %d: status %d: %s", way, (int)at, (int)s, mft_error_message(r.ctx));
             }
-            CHECK_MSG(count(dir, "tmp-") == 0, "way %d, allocation %d: something is left", way, (int)at);
+            CHECK_MSG(count_files(dir, "tmp-") == 0, "way %d, allocation %d: something is left", way, (int)at);
             close_run(&r);
             CHECK_MSG(l.now == 0, "way %d, allocation %d: %d bytes left", way, (int)at, (int)l.now);
             if (test__bad > 20) return;
@@ -743,9 +701,7 @@ static void test_allocations(void)
 
 int main(void)
 {
-    const char *tmp = getenv("TMPDIR");
-    snprintf(room, sizeof room, "%.200s/mft-test-checkpoint-XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(room)) { printf("no temporary directory\n"); return 1; }
+    if (!room_make("checkpoint")) return 1;
     make_base("base", "{\"version\": \"1\"}");
     TEST(test_same_bits);
     TEST(test_goes_on);

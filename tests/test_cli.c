@@ -7,7 +7,7 @@
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
-#include "test.h"
+#include "room.h"
 
 #include <dirent.h>
 #include <signal.h>
@@ -16,39 +16,9 @@
 #include <time.h>
 #include <unistd.h>
 
-static char         room[300], mft[700];
+static char         mft[700];
 static mft_context *ctx;
 static char        *out, *err;              /* of the last run */
-
-static const char *in_room(const char *name)
-{
-    static char buffers[8][700];
-    static int  next;
-    char       *b = buffers[next++ % 8];
-    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
-    return b;
-}
-
-static void remove_dir(const char *dir)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    char           path[1200];
-    while (d && (e = readdir(d)) != NULL) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        if (unlink(path) != 0) remove_dir(path);
-    }
-    if (d) closedir(d);
-    rmdir(dir);
-}
-
-static void write_file(const char *path, const void *text, size_t bytes)
-{
-    FILE *f = fopen(path, "wb");
-    CHECK_MSG(f && fwrite(text, 1, bytes, f) == bytes, "%s", path);
-    if (f) fclose(f);
-}
 
 /* `mft ARGUMENTS`, where @ stands for the room: its exit status; 128 + n if a signal ended it. */
 static int run(const char *arguments)
@@ -446,10 +416,9 @@ static void test_interrupt(void) { interrupt(0); interrupt(1); }
 
 int main(void)
 {
-    const char *tmp = getenv("TMPDIR"), *build = getenv("BUILD"), *prefix = getenv("RUN");
+    const char *build = getenv("BUILD"), *prefix = getenv("RUN");
     snprintf(mft, sizeof mft, "%.300s %.300s/mft", prefix ? prefix : "", build && *build ? build : "build");
-    snprintf(room, sizeof room, "%.200s/mft-test-cli-XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(room) || mft_context_create(NULL, &ctx) != MFT_OK) { printf("no temporary directory\n"); return 1; }
+    if (!room_make("cli") || mft_context_create(NULL, &ctx) != MFT_OK) return 1;
     TEST(set_up);
     TEST(test_usage);
     TEST(test_failures);

@@ -9,7 +9,7 @@
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
-#include "test.h"
+#include "room.h"
 
 #include <dirent.h>
 #include <pthread.h>
@@ -20,41 +20,6 @@
 enum { MOST = 256, MOST_NUMBERS = 20000 };
 static const char *const families[] = { "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3", NULL };
 
-static char room[300];                      /* a directory of our own, emptied at the end */
-
-static const char *in_room(const char *name)
-{
-    static char buffers[8][700];
-    static int  next;
-    char       *b = buffers[next++ % 8];
-    snprintf(b, sizeof buffers[0], "%s/%s", room, name);
-    return b;
-}
-
-/* Removes a directory of files, one level of directories deep. */
-static void remove_dir(const char *dir)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    char           path[1200];
-    while (d && (e = readdir(d)) != NULL) {
-        if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..")) continue;
-        snprintf(path, sizeof path, "%s/%s", dir, e->d_name);
-        if (unlink(path) != 0) { remove_dir(path); }
-    }
-    if (d) closedir(d);
-    rmdir(dir);
-}
-
-static int count_files(const char *dir)
-{
-    DIR           *d = opendir(dir);
-    struct dirent *e;
-    int            n = 0;
-    while (d && (e = readdir(d)) != NULL) n += e->d_name[0] != '.';
-    if (d) closedir(d);
-    return n;
-}
 
 static mft_context *context_of(int threads, uint64_t seed)
 {
@@ -806,7 +771,7 @@ static void test_save_round_trip(void)
             CHECK_MSG(one_loss(again) == one_loss(m), "%s: loss %.9g, not %.9g", fixtures[f], one_loss(again), one_loss(m));
             free(x); free(y);
             mft_context_destroy(ctx);
-            CHECK(count_files(room) == 1);                      /* no temporary directory is left */
+            CHECK(count_files(room, "") == 1);                      /* no temporary directory is left */
             remove_dir(in_room("saved"));
         }
 }
@@ -1032,7 +997,7 @@ static void test_adapter_round_trip(void)
             loss = one_loss(m);
             CHECK_MSG(fabs(loss / base - 1) > 1e-4, "%s way %d: %g", families[f], w, loss / base - 1);
             CHECK_MSG(mft_lora_save(m, in_room("adapter")) == MFT_OK, "%s", mft_error_message(ctx));
-            CHECK(count_files(in_room("adapter")) == 2 && count_files(room) == 1);
+            CHECK(count_files(in_room("adapter"), "") == 2 && count_files(room, "") == 1);
             again = load(ctx, families[f], 0);
             CHECK_MSG(mft_lora_load(again, in_room("adapter"), "x") == MFT_OK, "%s", mft_error_message(ctx));
             CHECK(!strcmp(mft_lora_active(again), "x") && hash_params(again, 1) == bits);
@@ -1356,7 +1321,7 @@ static void test_every_allocation_fails(void)
             s = whole_life(l, way);
             CHECK_MSG(l->now == 0 && l->wrong == 0, "way %d, allocation %llu: %llu bytes left, %d wrong frees", way, (unsigned long long)fail_at, (unsigned long long)l->now, l->wrong);
             if (s == MFT_OK && l->calls >= l->fail_at) s = MFT_ERR_OUT_OF_MEMORY;      /* one it could do without */
-            CHECK_MSG(count_files(room) <= 2, "way %d, allocation %llu: something is left beside the results", way, (unsigned long long)fail_at);
+            CHECK_MSG(count_files(room, "") <= 2, "way %d, allocation %llu: something is left beside the results", way, (unsigned long long)fail_at);
             remove_dir(in_room("adapter")); remove_dir(in_room("model"));
             if (test__bad > 20) break;
         }
@@ -1562,9 +1527,7 @@ static void test_process_memory(void)
 
 int main(void)
 {
-    const char *tmp = getenv("TMPDIR");
-    snprintf(room, sizeof room, "%.200s/mft-test-models-XXXXXX", tmp && *tmp ? tmp : "/tmp");
-    if (!mkdtemp(room)) { printf("no temporary directory\n"); return 1; }
+    if (!room_make("models")) return 1;
     TEST(test_process_memory);
     TEST(test_packed);
     TEST(test_padded);
