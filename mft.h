@@ -125,7 +125,8 @@ typedef struct mft_context_desc {
     mft_allocator allocator;
     mft_io        io;
     mft_products  products;
-    size_t        memory_budget;            /* bytes the library may hold                [0 = no cap]    */
+    size_t        memory_budget;            /* bytes the library may hold; a trainer fits its steps into it, mapped
+                                               weights and 4 MB for the process counted (mft_trainer_plan) [0 = no cap] */
     size_t        step_arena;               /* bytes set aside for one step's tensors    [0 = grow]      */
     int           n_threads;                /* workers, the caller's thread included     [0 = cores]     */
     const char   *kernels;                  /* a row's name, see mft_kernels_name        [NULL = $MFT_KERNELS, else fastest] */
@@ -540,6 +541,9 @@ struct mft_context {
     int           grad_enabled;
     int           saw_trainable;            /* an op met a trainable input since this was cleared   */
     int           in_checkpoint;            /* the first run of a checkpoint's function             */
+    int           recomputing;              /* its second run: nobody will read the result itself   */
+    int           result_unread;            /* nor what linear and add make just now                */
+    void        (*drop_pages)(const char *p, uint64_t bytes);   /* of mapped weights behind each use, see mft__passed; NULL: they stay */
     mft_status    step_status;              /* the step's first failure, and its sentence           */
     char          step_error[1024];
 
@@ -1020,13 +1024,13 @@ static size_t mft__round64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 /* Planning's chunk: addresses from 64 on that nobody reads. */
 static char *mft__plan_base(void) { return (char *)(uintptr_t)64; }
 
-static int mft__arena_add(mft_context *ctx, size_t at_least)
+/* A chunk of at_least bytes; of `wanted`, if that is more and can be had. */
+static int mft__arena_add(mft_context *ctx, size_t at_least, size_t wanted)
 {
     mft__arena *ar = &ctx->arena;
     mft__chunk *c;
-    size_t      bytes = (size_t)1 << 20, total = 0;
+    size_t      bytes = wanted;
     char       *p;
-    int         i;
 
     if (at_least > (size_t)-1 - 63) {                           /* rounding it up would wrap */
         mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "%llu bytes do not fit an address space", (unsigned long long)at_least);
@@ -1036,8 +1040,6 @@ static int mft__arena_add(mft_context *ctx, size_t at_least)
         mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "the step arena is in too many pieces (%d)", ar->n_chunks);
         return 0;
     }
-    for (i = 0; i < ar->n_chunks; i++) total += ar->chunks[i].size;
-    if (bytes < total) bytes = total;                           /* doubling */
     if (bytes < at_least) bytes = mft__round64(at_least);
     if (!MFT__RUNS(ctx)) { p = mft__plan_base(); bytes = (size_t)-1 / 4; }
     else p = (char *)mft__alloc(ctx, bytes);
@@ -1046,6 +1048,15 @@ static int mft__arena_add(mft_context *ctx, size_t at_least)
     c = &ar->chunks[ar->n_chunks++];
     c->base = p; c->size = c->high = bytes; c->low = 0;
     return 1;
+}
+
+/* A chunk for a step that was not planned: doubles what is there. */
+static int mft__arena_grow(mft_context *ctx, size_t at_least)
+{
+    size_t total = 0;
+    int    i;
+    for (i = 0; i < ctx->arena.n_chunks; i++) total += ctx->arena.chunks[i].size;
+    return mft__arena_add(ctx, at_least, total < (size_t)1 << 20 ? (size_t)1 << 20 : total);
 }
 
 static void mft__arena_took(mft__arena *ar, const mft__chunk *c, size_t bytes)
@@ -1070,10 +1081,10 @@ static void *mft__low(mft_context *ctx, size_t bytes)
     mft__arena *ar = &ctx->arena;
     mft__chunk *c;
     bytes = mft__round64(bytes);
-    if (!ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+    if (!ar->n_chunks && !mft__arena_grow(ctx, bytes)) return NULL;
     c = &ar->chunks[ar->low_chunk];
     while (c->high - c->low < bytes) {
-        if (ar->low_chunk + 1 == ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+        if (ar->low_chunk + 1 == ar->n_chunks && !mft__arena_grow(ctx, bytes)) return NULL;
         ar->low_chunk++;
         c = &ar->chunks[ar->low_chunk];
     }
@@ -1112,7 +1123,7 @@ static void *mft__high(mft_context *ctx, size_t bytes)
         return p;
     }
     for (i = 0; ; i++) {
-        if (i == ar->n_chunks && !mft__arena_add(ctx, bytes)) return NULL;
+        if (i == ar->n_chunks && !mft__arena_grow(ctx, bytes)) return NULL;
         if (ar->chunks[i].high - ar->chunks[i].low >= bytes) break;
     }
     ar->chunks[i].high -= bytes;
@@ -1185,7 +1196,7 @@ MFT_API mft_status mft_step_reserve(mft_context *ctx, size_t bytes)
     if (ctx->arena.now || ctx->tape) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_step_reserve: a step is under way");
     if (ctx->arena.n_chunks == 1 && ctx->arena.chunks[0].size >= bytes) return MFT_OK;
     mft__arena_free(ctx);
-    return mft__arena_add(ctx, bytes) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+    return mft__arena_add(ctx, bytes, 0) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
 }
 
 /* ---- meta: structs of the step, zeroed, until mft_step_reset ---- */
@@ -1251,10 +1262,19 @@ typedef struct mft__tensor {
     struct mft__tensor *view_of;            /* shares its data and its gradient                      */
     int64_t          view_offset;           /* elements from the start of that                       */
     int              grad_written;          /* its gradient holds numbers to add to                  */
+    int              paged;                 /* wrapped: its numbers are in a mapped file, which stays as it is */
     int              consumed;              /* a backward pass has been through it: its record and numbers are gone */
 } mft__tensor;
 
 static mft__tensor *mft__of(mft_tensor *t) { return (mft__tensor *)(void *)t; }
+
+/* Says that elements [first, first + n) of a weight have been read: where memory is short, the pages of a mapped
+ * file go at once, so that no more is resident than one product's. They come back from the page cache. */
+static void mft__passed(mft_context *ctx, const mft_tensor *w, int64_t first, int64_t n)
+{
+    if (!ctx->drop_pages || !((const mft__tensor *)(const void *)w)->paged || !MFT__RUNS(ctx)) return;
+    ctx->drop_pages((const char *)w->data + mft_dtype_bytes(w->dtype, first), mft_dtype_bytes(w->dtype, n));
+}
 
 MFT_API const char *mft_dtype_name(mft_dtype dtype)
 {
@@ -2475,7 +2495,7 @@ MFT_API void mft_step_reset(mft_context *ctx)
             mft__free(ctx, c->base, c->size);
         }
         mft__arena_clear(ar);
-        mft__arena_add(ctx, total);                             /* if not now, then when it is needed */
+        mft__arena_add(ctx, total, 0);                             /* if not now, then when it is needed */
     }
     mft__meta_clear(ctx);
     ctx->step_status = MFT_OK;
@@ -2603,6 +2623,7 @@ static void mft__grad_drop(mft_context *ctx, mft_tensor *t)
  * ============================================================================== */
 enum {
     MFT__ROW_GRAIN    = 16,                 /* rows a task of a row-wise op takes; a piece of every sum over rows */
+    MFT__PAGED_ROWS   = 64,                 /* rows of a mapped table looked up between two mft__passed */
     MFT__VECTOR_GRAIN = 1 << 15             /* elements a task of an elementwise op takes; a piece of every whole sum */
 };
 
@@ -2779,7 +2800,7 @@ static mft_tensor *mft__binary(mft_context *ctx, const char *op, mft__map_kind k
         if (!r) return NULL;
         r->i[0] = kind;
     }
-    if (MFT__RUNS(ctx)) {
+    if (MFT__RUNS(ctx) && !ctx->result_unread) {
         mft__broadcast_task t;
         int64_t n = mft_tensor_numel(a);
         memset(&t, 0, sizeof t);
@@ -3308,6 +3329,7 @@ static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft
     int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
     mft__product(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1),
                  mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]), bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out);
+    mft__passed(ctx, w, 0, out * in);
 }
 
 static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, const float *dy)
@@ -3326,6 +3348,7 @@ static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w
         float *dx = mft__grad(ctx, x, &add);
         if (dx) mft__product(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
                              NULL, add, dx, in);
+        mft__passed(ctx, w, 0, out * in);
     }
 }
 
@@ -3346,7 +3369,7 @@ MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, m
     wants |= mft__wants_grad(ctx, w);
     wants |= mft__wants_grad(ctx, bias);
     if (wants && !mft__record_op(ctx, mark, y, mft__linear_backward, x, w, bias)) return NULL;
-    mft__linear_forward(ctx, x, w, bias, y);
+    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, y);
     return ctx->step_status == MFT_OK ? y : NULL;
 }
 
@@ -3395,7 +3418,7 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
     mft__mark    mark;
     mft__record *r;
     mft_tensor  *y;
-    int64_t      shape[3], i;
+    int64_t      shape[3], i, piece;
     if (!mft__op_inputs(ctx, "mft_embedding", ctx && mft__fresh(table) && ids)) return NULL;
     if (table->ndim != 2 || !mft__is_contiguous(table) || (table->trainable && table->dtype != MFT_F32)
         || (!mft__is_float(table->dtype) && !mft__is_quantized(table->dtype))) return mft__op_shapes(ctx, "mft_embedding", table, NULL);
@@ -3412,8 +3435,14 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
         if (!(r = mft__record_op(ctx, mark, y, mft__embedding_backward, table, NULL, NULL))) return NULL;
         r->p[0] = ids; r->i[0] = batch * seq; r->i[1] = padding_idx;
     }
-    t.k = ctx->kernels; t.table = table; t.ids = ids; t.y = (float *)y->data; t.dy = NULL; t.n = batch * seq; t.padding_idx = padding_idx;
-    if (MFT__RUNS(ctx)) mft__parallel(ctx, batch * seq, MFT__ROW_GRAIN, mft__embedding_run, &t);
+    t.k = ctx->kernels; t.table = table; t.dy = NULL; t.n = batch * seq; t.padding_idx = padding_idx;
+    /* a mapped row brings its neighbours into memory, 64 KB on Linux: where that counts they go after every few rows */
+    piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : t.n;
+    for (i = 0; MFT__RUNS(ctx) && i < t.n; i += piece) {
+        t.ids = ids + i; t.y = (float *)y->data + i * shape[2];
+        mft__parallel(ctx, mft__min(t.n - i, piece), MFT__ROW_GRAIN, mft__embedding_run, &t);
+        mft__passed(ctx, table, 0, table->shape[0] * shape[2]);
+    }
     return y;
 }
 
@@ -3929,6 +3958,7 @@ static int mft__row_norms(mft_context *ctx, const mft_tensor *w, const float *a,
             norm[o + i] = (float)sqrt(ctx->kernels->sum_squares(row, in));
         }
     }
+    mft__passed(ctx, w, 0, out * in);
     mft__high_free(ctx, row, (size_t)in * sizeof(float));
     mft__high_free(ctx, sum, bytes);
     return ctx->step_status == MFT_OK;
@@ -4157,6 +4187,16 @@ static void mft__head_backward_run(void *arg, int64_t begin, int64_t end, int wo
     }
 }
 
+static void mft__head_finish(mft_context *ctx, mft__xent_task t, int64_t n)
+{
+    int64_t i, cols = t.w->shape[1], piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : n;     /* as in mft_embedding */
+    for (i = 0; i < n; i += piece) {
+        mft__parallel(ctx, mft__min(n - i, piece), 4, mft__head_finish_run, &t);
+        mft__passed(ctx, t.w, 0, t.w->shape[0] * cols);
+        t.rows += piece; t.dx += piece * cols; t.sum += piece; t.label_logit += piece;
+    }
+}
+
 /* The counted rows of x, one after the other: x itself if all count, else a copy at the high end. */
 static float *mft__head_rows(mft_context *ctx, const mft_tensor *x, const int32_t *rows, int64_t n, int64_t cols)
 {
@@ -4195,6 +4235,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
             if (dw) mft__product(ctx, nv, cols, nr, 1, mft__matrix_f32(tile, 1, nv), mft__matrix_f32(x + r * cols, cols, 1),
                                  NULL, add_dw || r > 0, dw + v * w->stride[0], w->stride[0]);
         }
+        mft__passed(ctx, w, v * w->stride[0], nv * cols);
     }
     t->rows = rows; t->high = high; t->sum = sum; t->label_logit = label_logit; t->dx = kept;
     mft__high_free(ctx, tile, bytes);
@@ -4275,7 +4316,7 @@ MFT_API mft_tensor *mft_linear_cross_entropy(mft_context *ctx, mft_tensor *x, mf
     if (packed != (float *)x->data) mft__high_free(ctx, packed, (size_t)(n * cols) * sizeof(float));
     if (MFT__RUNS(ctx)) {
         *(float *)y->data = mft__xent_mean(t.high, t.sum, t.label_logit, n, t.s);
-        if (t.dx) mft__parallel(ctx, n, 4, mft__head_finish_run, &t);
+        if (t.dx) mft__head_finish(ctx, t, n);
     }
     mft__high_free(ctx, t.label_logit, bytes);
     return ctx->step_status == MFT_OK ? y : NULL;
@@ -4334,7 +4375,9 @@ static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)
     ctx->tape = NULL;
     ctx->draw_index = (uint64_t)r->i[0];
     was = mft_grad_enable(ctx, 1);                              /* mft_backward may be called where recording is off */
+    ctx->recomputing++;
     y = fn(ctx, x, (void *)(uintptr_t)r->p[1]);
+    ctx->recomputing--;
     if (y) y = mft_contiguous(ctx, y);                          /* laid out as dy is */
     mft_grad_enable(ctx, was);
     ctx->draw_index = draws;
@@ -4351,13 +4394,101 @@ static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)
     ctx->tape = outer;
 }
 
+/* ---- piece by piece: a function of single rows needs no more memory than a piece of them takes ---- */
+
+/* Rows [begin, begin + n) of x, which is contiguous: a leaf that hands its gradient to x. */
+static mft_tensor *mft__rows_of(mft_context *ctx, mft_tensor *x, int64_t begin, int64_t n)
+{
+    int64_t     cols = mft__cols(x);
+    mft_tensor *t = mft__tensor_struct(ctx);
+    if (!t) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
+    mft__view_of(t, x, begin * cols);
+    t->ndim = 2;
+    t->shape[0] = n;     t->shape[1] = cols;
+    t->stride[0] = cols; t->stride[1] = 1;
+    return t;
+}
+
+static void mft__rows_backward(mft_context *ctx, mft__record *r)
+{
+    mft_checkpoint_fn fn;
+    mft__record *outer = ctx->tape;
+    int64_t      cols = mft__cols(r->y), rows = mft_tensor_numel(r->y) / cols, i, n;
+    uint64_t     draws = ctx->draw_index;
+    memcpy(&fn, &r->p[0], sizeof fn);
+    for (i = 0; i < rows && ctx->step_status == MFT_OK; i += n) {
+        mft__mark   mark = mft__low_mark(ctx);
+        mft_tensor *x, *y = NULL;
+        float      *dy;
+        int         was = mft_grad_enable(ctx, 1);
+        n = mft__min(rows - i, r->i[1]);
+        ctx->tape = NULL;
+        ctx->draw_index = (uint64_t)r->i[0];
+        ctx->recomputing++;
+        if ((x = mft__rows_of(ctx, r->in[0], i, n)) != NULL) y = fn(ctx, x, (void *)(uintptr_t)r->p[1]);
+        ctx->recomputing--;
+        mft_grad_enable(ctx, was);
+        if (y && y->trainable && (dy = mft__grad_add(ctx, y)) != NULL && MFT__RUNS(ctx))
+            ctx->kernels->axpy(dy, 1, mft__dy(r) + i * cols, n * cols);
+        mft__walk(ctx);
+        mft__low_pop(ctx, mark);
+    }
+    ctx->draw_index = draws;
+    ctx->tape = outer;
+}
+
+/* mft_checkpoint of a function that computes each row of its result, [rows, cols] like x, from that row of x
+ * alone: `piece` rows at a time in both passes. A function that draws random numbers needs all rows in one piece.
+ * unread: the numbers of the result are not wanted, only the record. */
+MFT__UNUSED static mft_tensor *mft__checkpoint_rows(mft_context *ctx, mft_checkpoint_fn fn, mft_tensor *x, void *user, int64_t piece, int unread)
+{
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *kept, *part, *y;
+    uint64_t     draws;
+    int64_t      rows, cols, i, n;
+    int          was, saw, was_recomputing;
+
+    if (!mft__op_inputs(ctx, "mft_checkpoint", ctx && fn && mft__fresh(x))) return NULL;
+    if (!(x = mft__plain_input(ctx, "mft_checkpoint", x))) return NULL;
+    cols = mft__cols(x); rows = mft_tensor_numel(x) / cols;
+    mark  = mft__low_mark(ctx);
+    draws = ctx->draw_index;
+    if (!(kept = mft__result(ctx, x->ndim, x->shape))) return NULL;
+    saw   = ctx->saw_trainable;
+    was   = mft_grad_enable(ctx, 0);
+    was_recomputing = ctx->recomputing;
+    ctx->saw_trainable = x->trainable || unread;
+    ctx->in_checkpoint += was;
+    ctx->recomputing = 0;
+    for (i = 0; i < rows && !unread && ctx->step_status == MFT_OK; i += n) {
+        mft__mark start = mft__low_mark(ctx);
+        n = mft__min(rows - i, piece);
+        part = mft__rows_of(ctx, x, i, n);
+        if (part && (y = fn(ctx, part, user)) != NULL && MFT__RUNS(ctx))
+            memcpy((float *)kept->data + i * cols, y->data, (size_t)(n * cols) * sizeof(float));
+        mft__low_pop(ctx, start);
+    }
+    ctx->recomputing = was_recomputing;
+    ctx->in_checkpoint -= was;
+    mft_grad_enable(ctx, was);
+    i = ctx->saw_trainable;
+    ctx->saw_trainable |= saw;
+    if (ctx->step_status != MFT_OK) return NULL;
+    if (!was || !i) return kept;
+    if (!(r = mft__record_op(ctx, mark, kept, mft__rows_backward, x, NULL, NULL))) return NULL;
+    memcpy(&r->p[0], &fn, sizeof fn);
+    r->p[1] = user; r->i[0] = (int64_t)draws; r->i[1] = piece;
+    return kept;
+}
+
 MFT_API mft_tensor *mft_checkpoint(mft_context *ctx, mft_checkpoint_fn fn, mft_tensor *x, void *user)
 {
     mft__mark    mark;
     mft__record *r;
     mft_tensor  *y, *kept;
     uint64_t     draws;
-    int          was, saw, needs;
+    int          was, saw, needs, was_recomputing;
 
     if (!mft__op_inputs(ctx, "mft_checkpoint", ctx && fn && mft__fresh(x))) return NULL;
     mark  = mft__low_mark(ctx);
@@ -4366,8 +4497,10 @@ MFT_API mft_tensor *mft_checkpoint(mft_context *ctx, mft_checkpoint_fn fn, mft_t
     was   = mft_grad_enable(ctx, 0);
     ctx->saw_trainable = x->trainable;
     ctx->in_checkpoint += was;
+    was_recomputing = ctx->recomputing; ctx->recomputing = 0;
     y = fn(ctx, x, user);
     if (y && y != x) y = mft_contiguous(ctx, y);
+    ctx->recomputing = was_recomputing;
     ctx->in_checkpoint -= was;
     mft_grad_enable(ctx, was);
     needs = ctx->saw_trainable || (y && y->trainable);          /* fn may return a parameter as it is */

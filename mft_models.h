@@ -369,7 +369,8 @@ typedef struct mft_model mft_model;         /* held */
 typedef struct mft_model_desc {
     const char *weights;                    /* storage of frozen weights: "f32", "f16", "bf16", "q8_0", "q4_0"  [NULL = as the file has them, in place] */
     int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
-    int         grad_checkpointing;         /* keep each block's input only, recompute the rest                 [false] */
+    int         grad_checkpointing;         /* keep each block's input only, recompute the rest: 1 in all blocks, -1 in none
+                                               [0 = a trainer picks the fewest blocks, see mft_plan; without one, none]  */
 } mft_model_desc;
 
 /* Maps the snapshot; frozen matrices stay in the file, in their own dtype, small vectors are held in f32.
@@ -491,16 +492,29 @@ typedef struct mft_trainer_info {
     int      stopped_early;                 /* by early_stopping_patience                               */
 } mft_trainer_info;
 
-/* Bytes a training step will need, by part. */
+/* Bytes a training step will need, by part, and what the trainer has chosen so that they are few. Without a memory
+ * budget it recomputes only as many blocks as it takes to keep `step` below 80 MB. To fit a context's
+ * memory_budget it does, in this order and no more than needed: split the micro-batch, drop the pages of mapped
+ * weights behind each use (they come back from the page cache, or the disk), recompute blocks, and take
+ * MLPs in smaller pieces. Losses and gradients stay the same but for the last bits of sums. */
 typedef struct mft_plan {
-    size_t weights_mapped, weights_held, trainable, gradients, optimizer, step, tokenizer_and_data, total;
-    int    grad_checkpointing;              /* what was chosen */
+    size_t weights_mapped;                  /* what is used in the file                                         */
+    size_t weights_resident;                /* how much of that is in memory at a time                          */
+    size_t weights_held, trainable, gradients, optimizer;
+    size_t activations, workspaces;         /* of the step: saved by the forward pass; the rest of its peak      */
+    size_t step;                            /* both                                                             */
+    size_t tokenizer, data, process;        /* data: with all other structures; process: code, stacks, libc      */
+    size_t total;                           /* without weights_mapped, activations, workspaces: parts of others  */
+    int    micro_batch;                     /* sequences per pass                                               */
+    int    drops_pages, blocks_recomputed, blocks, mlp_rows;        /* mlp_rows: of a recomputed block at a time */
+    int    grad_checkpointing;              /* some block is recomputed                                         */
 } mft_plan;
 
 /* data may be NULL if only mft_trainer_step_batch is used. desc NULL: defaults. The trainer keeps both
  * alive no longer than they live: destroy it first. fails: nothing is trainable. */
 MFT_API mft_status mft_trainer_create    (mft_model *model, mft_dataset *data, const mft_trainer_desc *desc, mft_trainer **out);
-/* What steps of micro-batches [batch, seq] will take; batch, seq 0: the trainer's own. Runs nothing. */
+/* What steps of micro-batches [batch, seq] will take; batch, seq 0: the trainer's own. Runs nothing.
+ * fails  OUT_OF_MEMORY: no choice fits the memory budget; the sentence says what would */
 MFT_API mft_status mft_trainer_plan      (mft_trainer *tr, int batch, int seq, mft_plan *out);
 /* One optimizer step on the dataset's next window. out may be NULL.
  * fails  NOT_FINITE (weights as before the step), CANCELLED (likewise), OUT_OF_MEMORY */
@@ -1542,6 +1556,7 @@ struct mft_tokenizer {
     mft__phrase    decode_strip; int n_decode_strip;
 
     int32_t        bos, eos, pad;
+    size_t         bytes;                       /* it took when loaded */
     char           kind[128];
     mft__tok_work *work;
     mft_chat_template *chat;                    /* the snapshot's; NULL: it has none. See [CHAT] */
@@ -3528,13 +3543,14 @@ MFT_API mft_status mft_tokenizer_load(mft_context *ctx, const char *snapshot_dir
     mft_tokenizer  *t;
     char           *path[5] = { NULL, NULL, NULL, NULL, NULL }, *dir = NULL, *fit;
     mft_status      s = MFT_ERR_OUT_OF_MEMORY;
-    size_t          n_added;
+    size_t          n_added, before;
     int             i;
 
     if (out) *out = NULL;
     if (!ctx || !snapshot_dir || !out) return MFT_ERR_INVALID_ARGUMENT;
     memset(&l, 0, sizeof l);
     l.ctx = ctx; l.max_id = -1;
+    before = ctx->now;
     l.t = t = (mft_tokenizer *)mft__alloc_zero(ctx, sizeof *t);
     if (!t) return MFT_ERR_OUT_OF_MEMORY;
     t->ctx = ctx;
@@ -3580,6 +3596,7 @@ done:
     for (i = 0; i < 5; i++) mft__strfree(ctx, path[i]);
     mft__strfree(ctx, dir);
     if (s != MFT_OK) { mft__tok_destroy(t); return s; }
+    t->bytes = ctx->now - before;
     mft__object_add(ctx, &t->object, mft__tok_destroy);
     *out = t;
     return MFT_OK;
@@ -9719,7 +9736,7 @@ typedef struct mft__adapter {
 
 typedef struct mft__module_weights { mft__parameter *w, *b; } mft__module_weights;
 
-enum { MFT__MAX_ADAPTERS = 32 };
+enum { MFT__MAX_ADAPTERS = 32, MFT__MLP_ROWS = 256 };
 
 struct mft_model {
     mft__object      object;
@@ -9733,6 +9750,8 @@ struct mft_model {
     mft__parameter  *embedding, *positions, *final_norm_w, *final_norm_b, *head;     /* head: the embedding when tied */
     mft__module_weights *modules;           /* [n_layer * MFT__N_MODULES]                            */
     float           *inv_freq, *inv_freq_local;                                      /* [head_dim/2] */
+    int              n_recomputed;          /* blocks, from the lowest trainable one on, that are checkpointed; negative: all */
+    int64_t          mlp_rows;              /* tokens whose MLP a checkpointed block computes at a time */
     mft__adapter    *adapters[MFT__MAX_ADAPTERS];
     int              n_adapters, active;    /* active -1: the base alone                             */
 };
@@ -9839,6 +9858,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
             return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s holds NaN or infinity", file, e->name);
     }
     p->t->trainable = train;
+    mft__of(p->t)->paged = bytes && mft__safetensors_is_mapped(m->files, e);
     if (conv1d && ndim == 2) {                                  /* [out, in] over numbers that lie [in, out] */
         p->t->shape[0] = out;  p->t->shape[1] = in;
         p->t->stride[0] = 1;   p->t->stride[1] = out;
@@ -9927,6 +9947,16 @@ static mft_status mft__load_weights(mft_model *m)
     m->head = m->embedding;
     if (s == MFT_OK && !c->tied_embeddings) s = mft__add_parameter(m, "lm_head.weight", c->vocab_size, c->hidden_size, 0, 0, &m->head);
     return s == MFT_OK ? mft__check_all_used(m) : s;
+}
+
+static void mft__drop_pages(const char *p, uint64_t bytes) { mft__file_advise(p, bytes, 0); }
+
+/* Drops the pages of all mapped weights. */
+static void mft__drop_weights(mft_model *m)
+{
+    size_t i, n;
+    const mft_safetensors_entry *e = mft_safetensors_entries(m->files, &n);
+    for (i = 0; i < n; i++) mft__safetensors_drop(m->files, &e[i]);
 }
 
 /* Names the first weight that is NaN or infinite, for a loss that is: looking at all of them on every load
@@ -10049,8 +10079,11 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
         mft__inv_freq(&m->config.rope, m->config.head_dim, m->inv_freq);
         mft__inv_freq(&m->config.rope_local, m->config.head_dim, m->inv_freq_local);
     }
+    m->mlp_rows = MFT__MLP_ROWS;
+    if (m->desc.grad_checkpointing > 0) m->n_recomputed = -1;
     s = mft__load_weights(m);
     if (s == MFT_OK) s = mft__load_eos(m);
+    if (ctx->budget) mft__drop_weights(m);                      /* what reading the vectors and the header has touched */
 done:
     mft__strfree(ctx, path);
     if (s != MFT_OK) { mft__model_destroy_object(m); return s; }
@@ -10269,20 +10302,34 @@ static mft_tensor *mft__activate(mft_context *ctx, int activation, mft_tensor *x
     return activation == MFT__ACT_RELU ? mft_relu(ctx, x) : mft_silu(ctx, x);
 }
 
-static mft_tensor *mft__mlp_part(mft_model *m, int layer, mft_tensor *x)
+/* The MLP up to its last product. */
+static mft_tensor *mft__mlp_inner(mft_model *m, int layer, mft_tensor *x)
 {
     mft_context *ctx = m->ctx;
     int          activation = m->config.activation;
-    mft_tensor  *up, *gate, *h;
-    if (!mft__module_at(m, layer, MFT__GATE)->w)
-        h = mft__activate(ctx, activation, mft__module_linear(m, layer, MFT__UP, x));
-    else {
-        gate = mft__module_linear(m, layer, MFT__GATE, x);
-        up   = mft__module_linear(m, layer, MFT__UP, x);
-        h = activation == MFT__ACT_SILU ? mft_swiglu(ctx, gate, up) : activation == MFT__ACT_GELU_TANH ? mft_geglu(ctx, gate, up)
-          : mft_mul(ctx, mft__activate(ctx, activation, gate), up);
-    }
-    return mft__module_linear(m, layer, MFT__DOWN, h);
+    mft_tensor  *up, *gate;
+    if (!mft__module_at(m, layer, MFT__GATE)->w) return mft__activate(ctx, activation, mft__module_linear(m, layer, MFT__UP, x));
+    gate = mft__module_linear(m, layer, MFT__GATE, x);
+    up   = mft__module_linear(m, layer, MFT__UP, x);
+    return activation == MFT__ACT_SILU ? mft_swiglu(ctx, gate, up) : activation == MFT__ACT_GELU_TANH ? mft_geglu(ctx, gate, up)
+         : mft_mul(ctx, mft__activate(ctx, activation, gate), up);
+}
+
+/* x + mlp(norm(x)), each row by itself. Recomputed for the backward pass, the last product and the sum are not wanted. */
+static mft_tensor *mft__mlp_block(mft_context *ctx, mft_tensor *x, void *user)
+{
+    mft__block_call *call = (mft__block_call *)user;
+    mft_model       *m = call->m;
+    mft_tensor      *h = mft__mlp_inner(m, call->layer, mft__module_norm(m, call->layer, MFT__NORM2, x));
+    int              normed = mft__module_at(m, call->layer, MFT__POST_MLP)->w != NULL;
+    if (!h) return NULL;
+    ctx->result_unread = ctx->recomputing && !normed;           /* the norm's derivative wants what it norms */
+    h = mft__module_linear(m, call->layer, MFT__DOWN, h);
+    if (normed && h) h = mft__module_norm(m, call->layer, MFT__POST_MLP, h);
+    ctx->result_unread = ctx->recomputing;
+    x = h ? mft_add(ctx, x, h) : NULL;
+    ctx->result_unread = 0;
+    return x;
 }
 
 /* x + attention(norm(x)), then x + mlp(norm(x)); Gemma norms what is added as well. */
@@ -10294,8 +10341,30 @@ static mft_tensor *mft__block(mft_context *ctx, mft_tensor *x, void *user)
     mft_tensor      *h;
     h = mft__attention_part(call, mft__module_norm(m, layer, MFT__NORM1, x));
     x = mft_add(ctx, x, h ? mft__module_norm(m, layer, MFT__POST_ATTENTION, h) : NULL);
-    h = x ? mft__mlp_part(m, layer, mft__module_norm(m, layer, MFT__NORM2, x)) : NULL;
-    return mft_add(ctx, x, h ? mft__module_norm(m, layer, MFT__POST_MLP, h) : NULL);
+    if (!x || (ctx->grad_enabled && !ctx->recomputing)) return x ? mft__mlp_block(ctx, x, call) : NULL;
+    /* attention's part and the MLP's are not in memory together; dropout is drawn for all rows at once */
+    return mft__checkpoint_rows(ctx, mft__mlp_block, x, call, m->active >= 0 && m->adapters[m->active]->dropout > 0 ? mft_tensor_numel(x) : m->mlp_rows, ctx->recomputing);
+}
+
+/* Is there something to train in a block? */
+static int mft__block_trains(const mft_model *m, int layer)
+{
+    int k;
+    for (k = 0; k < MFT__N_MODULES; k++) {
+        const mft__module_weights *w = mft__module_at(m, layer, k);
+        if ((w->w && w->w->t->trainable) || (w->b && w->b->t->trainable)) return 1;
+        if (m->active >= 0 && m->adapters[m->active]->parts[layer * MFT__N_MODULES + k].a) return 1;
+    }
+    return 0;
+}
+
+/* The lowest block with something trained in or below it; n_layer if there is none. */
+static int mft__lowest_trained(const mft_model *m)
+{
+    int layer = 0;
+    if (m->embedding->t->trainable) return 0;
+    while (layer < m->config.n_layer && !mft__block_trains(m, layer)) layer++;
+    return layer;
 }
 
 /* Positions 0..T-1, or `from`..: for GPT-2's table and for generation. */
@@ -10314,7 +10383,7 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
     const mft__family *f = &mft__families[m->config.family];
     int32_t            padding = f->embedding_padding ? m->config.pad_token_id : -1;
     mft_tensor        *x;
-    int                layer;
+    int                layer, trains = 0, n_trained = 0;
 
     x = mft_embedding(ctx, m->embedding->t, ids, in.B, in.T, padding);
     if (f->scale_embedding) x = mft_scale(ctx, x, (float)sqrt((double)m->config.hidden_size));
@@ -10327,7 +10396,10 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
         if (!call) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
         if (mft__cancelled(ctx)) return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
         call->m = m; call->in = in; call->layer = layer; call->cache = cache;
-        x = m->desc.grad_checkpointing || !ctx->grad_enabled ? mft_checkpoint(ctx, mft__block, x, call) : mft__block(ctx, x, call);
+        /* below the lowest that is trained a checkpoint costs nothing: it only gives the block's memory back */
+        trains = trains || x->trainable || mft__block_trains(m, layer);
+        if (trains && ctx->grad_enabled) n_trained++;
+        x = n_trained && m->n_recomputed >= 0 && n_trained > m->n_recomputed ? mft__block(ctx, x, call) : mft_checkpoint(ctx, mft__block, x, call);
     }
     return x ? mft__norm(m, m->final_norm_w, m->final_norm_b, x) : NULL;
 }
@@ -11452,6 +11524,7 @@ struct mft_trainer {
     int64_t         warmup;                 /* steps */
     int64_t         step, target;           /* done; where mft_trainer_run will end, 0: not known    */
     int             planned_batch, planned_seq;     /* what the arena holds in one piece             */
+    int             per_pass;               /* sequences of a micro-batch that go through at a time   */
     uint64_t        passes;                 /* micro-batches of the steps done: the stream of dropout */
     int64_t         tokens, timed_steps;    /* of this object's steps, for the speed                  */
     double          seconds;
@@ -11573,39 +11646,63 @@ fail:
     return MFT_OK;
 }
 
+/* ---- the plan ----
+ *   A choice is tried by running the step on paper, which costs about a millisecond, and adding up. */
+enum { MFT__FRUGAL_STEP = 80 << 20, MFT__PROCESS = 4 << 20 };
+
 /* The step arena's bytes for one micro-batch of that size: the step itself, on paper. */
-static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, size_t *out_bytes)
+static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *out)
 {
     mft_context *ctx = tr->ctx;
     size_t       bytes = (size_t)batch * (size_t)seq * sizeof(int32_t);
     int32_t     *zeros = (int32_t *)mft__alloc_zero(ctx, bytes);
     mft_batch    b;
+    mft_tensor  *loss;
     mft_status   s;
     if (!zeros) return MFT_ERR_OUT_OF_MEMORY;
     memset(&b, 0, sizeof b);
     b.input_ids = b.labels = b.document_ids = zeros; b.batch = batch; b.seq = seq;
     mft_plan_begin(ctx);
-    mft_backward(ctx, mft_model_loss(tr->model, &b, 1));
-    s = mft_plan_end(ctx, out_bytes);
+    loss = mft_model_loss(tr->model, &b, 1);
+    out->activations = ctx->arena.now;
+    mft_backward(ctx, loss);
+    s = mft_plan_end(ctx, &out->step);
+    out->workspaces = out->step - out->activations;
     mft__free(ctx, zeros, bytes);
     return s;
 }
 
-MFT_API mft_status mft_trainer_plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
+/* What may be in memory of the mapped weights at a time when pages are dropped behind each use: the largest
+ * matrix, a tile of the head, some rows of the embedding with the 64 KB around each. */
+static size_t mft__paged_bytes(const mft_model *m)
 {
+    size_t most = (size_t)MFT__PAGED_ROWS << 16;
+    int    i;
+    for (i = 0; i < m->n_params; i++) {
+        const mft_tensor *t = m->params[i].t;
+        int64_t           n = mft_tensor_numel(t);
+        if (!mft__of(m->params[i].t)->paged) continue;
+        if (&m->params[i] == m->embedding || &m->params[i] == m->head) n = mft__min(n, MFT__HEAD_TILE * t->shape[1]);
+        if (mft_dtype_bytes(t->dtype, n) > most) most = mft_dtype_bytes(t->dtype, n);
+    }
+    return most;
+}
+
+/* The plan of what the trainer and its model are set to. */
+static mft_status mft__plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
+{
+    mft_context      *ctx = tr->ctx;
+    mft_model        *m = tr->model;
     mft_memory_report memory;
-    mft_status s;
-    int        i;
-    if (!tr || !out) return MFT_ERR_INVALID_ARGUMENT;
+    mft_status        s;
+    int               i;
     memset(out, 0, sizeof *out);
-    if (!batch) batch = tr->desc.micro_batch;
-    if (!seq) seq = tr->data ? tr->data->corpus->desc.max_seq_len : 256;
-    if ((s = mft__plan_step(tr, batch, seq, &out->step)) != MFT_OK) return s;
-    mft_memory(tr->ctx, &memory);
-    for (i = 0; i < tr->model->n_params; i++) {
-        const mft_tensor *t = tr->model->params[i].t;
+    if ((s = mft__plan_step(tr, batch, seq, out)) != MFT_OK) return s;
+    mft_memory(ctx, &memory);
+    for (i = 0; i < m->n_params; i++) {
+        const mft_tensor *t = m->params[i].t;
         size_t            bytes = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
-        if (mft__of(tr->model->params[i].t)->kind == MFT__WRAPPED_TENSOR) out->weights_mapped += bytes;
+        if (mft__of(m->params[i].t)->paged) out->weights_mapped += bytes;
         else if (!t->trainable) out->weights_held += bytes;
     }
     for (i = 0; i < tr->n_params; i++) {                        /* gradients: whether a first step has made them or not */
@@ -11613,41 +11710,133 @@ MFT_API mft_status mft_trainer_plan(mft_trainer *tr, int batch, int seq, mft_pla
         out->gradients += mft_dtype_bytes(MFT_F32, mft_tensor_numel(tr->params[i]));
     }
     out->optimizer = memory.optimizer;
-    out->grad_checkpointing = tr->model->desc.grad_checkpointing;
-    out->tokenizer_and_data = memory.now - memory.weights - memory.gradients - memory.optimizer - mft__arena_bytes(tr->ctx);
-    out->total = out->weights_mapped + out->weights_held + out->trainable + out->gradients + out->optimizer + out->step + out->tokenizer_and_data;
+    out->tokenizer = tr->data && tr->data->corpus->tok ? tr->data->corpus->tok->bytes : 0;
+    out->data      = memory.now - memory.weights - memory.gradients - memory.optimizer - mft__arena_bytes(ctx) - out->tokenizer;
+    out->process   = MFT__PROCESS;
+    out->drops_pages = ctx->drop_pages != NULL;
+    out->weights_resident = out->weights_mapped;
+    if (out->drops_pages && mft__paged_bytes(m) < out->weights_mapped) out->weights_resident = mft__paged_bytes(m);
+    out->total = out->weights_resident + out->weights_held + out->trainable + out->gradients + out->optimizer + out->step
+               + out->tokenizer + out->data + out->process;
+    out->micro_batch = batch;
+    out->blocks      = m->config.n_layer;
+    out->mlp_rows    = (int)m->mlp_rows;
+    out->blocks_recomputed = m->n_recomputed < 0 ? m->config.n_layer : m->n_recomputed;
+    if (out->blocks_recomputed > m->config.n_layer - mft__lowest_trained(m)) out->blocks_recomputed = m->config.n_layer - mft__lowest_trained(m);
+    out->grad_checkpointing = out->blocks_recomputed > 0;
     return MFT_OK;
+}
+
+static int mft__plan_fits(const mft_trainer *tr, const mft_plan *p)
+{
+    return tr->ctx->budget ? p->total <= tr->ctx->budget : p->step <= MFT__FRUGAL_STEP;
+}
+
+/* No choice fits: says what would. `least` is the smallest that there is. */
+static mft_status mft__plan_refuse(mft_trainer *tr, int seq, const mft_plan *least)
+{
+    mft_plan   half;
+    char       levers[400] = "";
+    size_t     at = 0, adapters = least->trainable + least->gradients + least->optimizer;
+    double     mb = 1048576.0;
+    mft_status s = seq > 1 ? mft__plan(tr, 1, seq / 2, &half) : MFT_OK;
+    if (s != MFT_OK) return s;
+    if (seq > 1) at += (size_t)snprintf(levers + at, sizeof levers - at, "; sequences of %d tokens would save %.1f MB", seq / 2, (double)(least->total - half.total) / mb);
+    if (tr->model->n_adapters) at += (size_t)snprintf(levers + at, sizeof levers - at, "; half the rank %.1f MB", (double)adapters / 2 / mb);
+    if (least->optimizer > 64 && tr->desc.optimizer.kind == MFT_ADAMW)
+        snprintf(levers + at, sizeof levers - at, "; SGD without momentum %.1f MB", (double)least->optimizer / mb);
+    return mft__fail(tr->ctx, MFT_ERR_OUT_OF_MEMORY, "the memory budget of %.1f MB is too small: with one sequence of %d tokens at a time, every block recomputed and weights "
+                     "dropped behind their use, a step takes %.1f MB (%.1f for weights, %.1f trained with gradients and optimizer, %.1f for the step, %.1f tokenizer, "
+                     "%.1f data and structures, %.1f process)%s", (double)tr->ctx->budget / mb, seq, (double)least->total / mb,
+                     (double)(least->weights_resident + least->weights_held) / mb, (double)adapters / mb, (double)least->step / mb, (double)least->tokenizer / mb,
+                     (double)least->data / mb, (double)least->process / mb, levers);
+}
+
+static int mft__choice_fits(mft_trainer *tr, int batch, int seq, int n_recomputed, int64_t mlp_rows, mft_plan *p, mft_status *s)
+{
+    tr->model->n_recomputed = n_recomputed; tr->model->mlp_rows = mlp_rows;
+    *s = mft__plan(tr, batch, seq, p);
+    return *s == MFT_OK && mft__plan_fits(tr, p);
+}
+
+/* Sets model and context to what needs the least work among what fits: see mft_plan. */
+static mft_status mft__choose_memory(mft_trainer *tr, int batch, int seq, mft_plan *p)
+{
+    mft_context *ctx = tr->ctx;
+    mft_model   *m = tr->model;
+    int          n = m->config.n_layer - mft__lowest_trained(m), from = m->desc.grad_checkpointing > 0 ? n : 0, to = m->desc.grad_checkpointing < 0 ? 0 : n, most = batch, i;
+    int64_t      rows;
+    mft_status   s;
+    ctx->drop_pages = NULL;
+    for (;;) {
+        for (batch = most; ; batch = (batch + 1) / 2) {
+            if (mft__choice_fits(tr, batch, seq, from, MFT__MLP_ROWS, p, &s) || s != MFT_OK) return s;
+            if (batch == 1 || !ctx->budget) break;
+        }
+        if (!ctx->budget || ctx->drop_pages || !p->weights_mapped) break;
+        ctx->drop_pages = mft__drop_pages;
+    }
+    for (i = from + 1; i <= to; i++) if (mft__choice_fits(tr, batch, seq, i, MFT__MLP_ROWS, p, &s) || s != MFT_OK) return s;
+    if (!ctx->budget) return MFT_OK;                            /* as frugal as can be */
+    for (rows = MFT__MLP_ROWS / 2; rows >= 32 && to; rows /= 2) if (mft__choice_fits(tr, batch, seq, to, rows, p, &s) || s != MFT_OK) return s;
+    return mft__plan_refuse(tr, seq, p);
+}
+
+/* The longest row the dataset will give. */
+static int mft__longest_row(const mft_trainer *tr)
+{
+    const mft_dataset *ds = tr->data;
+    int                most;
+    if (!ds) return 0;
+    most = ds->corpus->desc.max_seq_len;
+    if (mft__families[tr->model->config.family].positions) most = (int)mft__min(most, tr->model->config.max_position);
+    return ds->corpus->desc.no_pack && ds->info.longest > 0 && ds->info.longest < most ? (int)ds->info.longest : most;
+}
+
+MFT_API mft_status mft_trainer_plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
+{
+    mft_model *m;
+    mft_status s;
+    int        n_recomputed;
+    int64_t    mlp_rows;
+    void     (*drop_pages)(const char *, uint64_t);
+    if (!tr || !out) return MFT_ERR_INVALID_ARGUMENT;
+    m = tr->model;
+    n_recomputed = m->n_recomputed; mlp_rows = m->mlp_rows; drop_pages = tr->ctx->drop_pages;
+    s = mft__choose_memory(tr, batch ? batch : tr->desc.micro_batch, seq ? seq : tr->data ? mft__longest_row(tr) : 256, out);
+    m->n_recomputed = n_recomputed; m->mlp_rows = mlp_rows; tr->ctx->drop_pages = drop_pages;
+    return s;
 }
 
 /* Makes the arena hold this size in one piece, if no earlier batch was as large. */
 static mft_status mft__reserve_step(mft_trainer *tr, int batch, int seq)
 {
-    size_t     bytes;
+    mft_plan   p;
     mft_status s;
     if (batch <= tr->planned_batch && seq <= tr->planned_seq) return MFT_OK;
+    if (batch < tr->desc.micro_batch) batch = tr->desc.micro_batch;
     if (batch < tr->planned_batch) batch = tr->planned_batch;
+    if (seq < mft__longest_row(tr)) seq = mft__longest_row(tr);
     if (seq < tr->planned_seq) seq = tr->planned_seq;
-    if ((s = mft__plan_step(tr, batch, seq, &bytes)) != MFT_OK || (s = mft_step_reserve(tr->ctx, bytes)) != MFT_OK) return s;
-    tr->planned_batch = batch; tr->planned_seq = seq;
+    if ((s = mft__choose_memory(tr, batch, seq, &p)) != MFT_OK || (s = mft_step_reserve(tr->ctx, p.step)) != MFT_OK) return s;
+    if (tr->ctx->drop_pages) mft__drop_weights(tr->model);
+    tr->planned_batch = batch; tr->planned_seq = seq; tr->per_pass = p.micro_batch;
     return MFT_OK;
 }
 
 /* What a window has added up to. */
 typedef struct mft__window { double loss; int64_t n_valid, n_tokens; } mft__window;
 
-/* Forward and backward of one micro-batch; the step is over afterwards, gradients stay. */
-static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mft__window *w)
+/* Forward and backward of some sequences; the step is over afterwards, gradients stay. */
+static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t stream, mft__window *w)
 {
     mft_context *ctx = tr->ctx;
     mft_tensor  *loss;
-    int64_t      n = (int64_t)b->batch * b->seq, i, n_valid = mft_batch_n_valid(b);
+    int64_t      n_valid = mft_batch_n_valid(b);
     float        value;
-    mft_status   s = mft__check_batch(ctx, b);
-    if (s != MFT_OK) return s;
-    for (i = 0; i < n; i++) w->n_tokens += b->attention_mask ? b->attention_mask[i] != 0 : 1;
+    mft_status   s;
     if (!n_valid) return MFT_OK;                                /* nothing to learn from it */
-    if ((s = mft__reserve_step(tr, b->batch, b->seq)) != MFT_OK) return s;
-    ctx->step_index = tr->passes++;                             /* what else ran in between draws nothing of ours */
+    ctx->step_index = stream;                                   /* what else ran in between draws nothing of ours */
     loss  = mft_model_loss(tr->model, b, 1);
     value = mft_tensor_item(loss);
     if (loss && !(fabsf(value) <= 3.4e38f)) {
@@ -11658,6 +11847,31 @@ static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mf
     s = mft_backward(ctx, loss);
     mft_step_reset(ctx);
     w->loss += (double)value; w->n_valid += n_valid;
+    return s;
+}
+
+/* One micro-batch, as many of its sequences at a time as the plan says. */
+static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mft__window *w)
+{
+    int64_t    n = (int64_t)b->batch * b->seq, i, at;
+    uint64_t   pass;
+    mft_status s = mft__check_batch(tr->ctx, b);
+    if (s != MFT_OK) return s;
+    for (i = 0; i < n; i++) w->n_tokens += b->attention_mask ? b->attention_mask[i] != 0 : 1;
+    if (!mft_batch_n_valid(b)) return MFT_OK;
+    if ((s = mft__reserve_step(tr, b->batch, b->seq)) != MFT_OK) return s;
+    pass = tr->passes++;
+    for (i = 0; i < b->batch && s == MFT_OK; i += tr->per_pass) {
+        mft_batch part = *b;
+        at = i * b->seq;
+        part.batch = (int)mft__min(b->batch - i, tr->per_pass);
+        part.input_ids += at;
+        if (part.labels)         part.labels += at;
+        if (part.attention_mask) part.attention_mask += at;
+        if (part.position_ids)   part.position_ids += at;
+        if (part.document_ids)   part.document_ids += at;
+        s = mft__train_pass(tr, &part, pass | (uint64_t)i << 40, w);
+    }
     return s;
 }
 

@@ -2273,6 +2273,8 @@ MFT_API const void *mft_safetensors_map(mft_safetensors *st, const mft_safetenso
     return p;
 }
 
+MFT__UNUSED static int mft__safetensors_is_mapped(const mft_safetensors *st, const mft_safetensors_entry *e) { return st->shards[e->shard].base != NULL; }
+
 /* Hints for the pages of a mapped entry: wanted soon, or not for long. Its bytes stay readable; after
  * a drop they come from the page cache or the disk again. Without a mapping nothing happens. */
 MFT__UNUSED static void mft__safetensors_prefetch(mft_safetensors *st, const mft_safetensors_entry *e)

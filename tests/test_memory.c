@@ -247,7 +247,7 @@ static void test_budget(void)
         mft_context_destroy(tr.ctx);
         empty(&book, "budget", budget);
     }
-    CHECK(refused > 10);
+    CHECK(refused > 8);
 }
 
 /* ---- memory out inside an op: every request of every op, in both directions ----

@@ -1251,7 +1251,7 @@ static void test_plan_and_memory(void)
         CHECK_MSG(r.step_peak <= plan.step && r.step_peak > plan.step / 10 * 9, "%s full %d: a step took %llu bytes, planned %llu", ways[w].fixture, ways[w].full, (unsigned long long)r.step_peak, (unsigned long long)plan.step);
         CHECK_MSG(plan.gradients == r.gradients && plan.optimizer == r.optimizer, "%s: gradients %llu, planned %llu; optimizer %llu, planned %llu", ways[w].fixture,
                   (unsigned long long)r.gradients, (unsigned long long)plan.gradients, (unsigned long long)r.optimizer, (unsigned long long)plan.optimizer);
-        planned = plan.total - plan.weights_mapped - plan.step + mft__arena_bytes(ctx);       /* an arena is at least a megabyte: more than these steps need */
+        planned = plan.total - plan.weights_resident - plan.process;
         CHECK_MSG((double)planned > 0.95 * (double)l->now && (double)planned < 1.05 * (double)l->now, "%s: holds %llu, planned %llu", ways[w].fixture, (unsigned long long)l->now, (unsigned long long)planned);
         CHECK((plan.weights_mapped == 0) == ways[w].full && plan.grad_checkpointing == ways[w].checkpointing);
         mft_trainer_destroy(tr);

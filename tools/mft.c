@@ -30,7 +30,7 @@ typedef struct options {
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
-    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_special, json, ignore_eos;
+    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
     int     use_rslora, use_dora, help;
     const char *path;                       /* the one argument without a flag, where a command takes one */
 } options;
@@ -83,8 +83,9 @@ static const flag flags[] = {
     { "no-pack",            SWITCH,  AT(no_pack),            0, 0, NULL,   "one sample per row, padded on the right" },
     { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
-    { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute each block in the backward pass: less memory" },
-    { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory the library may hold: 512M, 2G                   [no limit]" },
+    { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute every block in the backward pass: least memory     [as many as it takes]" },
+    { "no-grad-checkpointing", SWITCH,  AT(no_grad_checkpointing), 0, 0, NULL, "recompute none: fastest" },
+    { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory to use, weights in it: 512M, 2G                  [no limit]" },
     { "checkpoint-save-steps", INTEGER, AT(checkpoint_save_steps), 1, MANY, "N", "save a checkpoint every N steps" },
     { "checkpoint-save-dir", STRING, AT(checkpoint_save_dir), 0, 0, "DIR", "where: DIR/checkpoint-STEP                                    [the output]" },
     { "save-total-limit",   INTEGER, AT(save_total_limit),   1, MANY, "N", "keep the latest N checkpoints                                [all]" },
@@ -519,20 +520,36 @@ static void on_target(void *user, const char *target, int n_modules, int64_t n)
 
 static void print_plan(const mft_plan *p, int json)
 {
-    static const char *const names[] = { "weights_mapped", "weights_held", "trainable", "gradients", "optimizer", "step", "tokenizer_and_data", "total" };
-    size_t values[8];
+    static const char *const names[] = { "weights_mapped", "weights_resident", "weights_held", "trainable", "gradients", "optimizer",
+                                         "activations", "workspaces", "step", "tokenizer", "data", "process", "total" };
+    size_t values[13];
     int    i;
-    values[0] = p->weights_mapped; values[1] = p->weights_held; values[2] = p->trainable; values[3] = p->gradients;
-    values[4] = p->optimizer; values[5] = p->step; values[6] = p->tokenizer_and_data; values[7] = p->total;
+    values[0] = p->weights_mapped; values[1] = p->weights_resident; values[2] = p->weights_held; values[3] = p->trainable; values[4] = p->gradients;
+    values[5] = p->optimizer; values[6] = p->activations; values[7] = p->workspaces; values[8] = p->step; values[9] = p->tokenizer;
+    values[10] = p->data; values[11] = p->process; values[12] = p->total;
     if (json) {
         printf("{");
-        for (i = 0; i < 8; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
-        printf("\"grad_checkpointing\":%s}", p->grad_checkpointing ? "true" : "false");
+        for (i = 0; i < 13; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
+        printf("\"micro_batch\":%d,\"drops_pages\":%s,\"blocks\":%d,\"blocks_recomputed\":%d,\"mlp_rows\":%d,\"grad_checkpointing\":%s}", p->micro_batch,
+               p->drops_pages ? "true" : "false", p->blocks, p->blocks_recomputed, p->mlp_rows, p->grad_checkpointing ? "true" : "false");
         return;
     }
     printf("memory plan, MB\n");
-    for (i = 0; i < 8; i++) printf("  %-20s %10.1f\n", names[i], megabytes(values[i]));
-    printf("  activation checkpointing %s\n", p->grad_checkpointing ? "on" : "off");
+    printf("  %-20s %10.1f   of a file of %.1f%s\n", "weights in use", megabytes(p->weights_resident), megabytes(p->weights_mapped),
+           p->drops_pages ? ", dropped behind their use" : "");
+    for (i = 2; i < 13; i++) printf("  %s%-*s %10.1f\n", i == 6 || i == 7 ? "  " : "", i == 6 || i == 7 ? 18 : 20, names[i], megabytes(values[i]));
+    printf("  activations and workspaces are the step; sequences per pass %d; blocks recomputed %d of %d", p->micro_batch, p->blocks_recomputed, p->blocks);
+    if (p->blocks_recomputed) printf(", MLPs of %d tokens at a time", p->mlp_rows);
+    printf("\n");
+}
+
+/* What was chosen to fit the budget. */
+static void report_choice(mft_trainer *tr)
+{
+    mft_plan p;
+    if (mft_trainer_plan(tr, 0, 0, &p) != MFT_OK) return;       /* the first step will say why */
+    fprintf(stderr, "plans %.0f MB: %d sequence%s per pass, %d of %d blocks recomputed, weights %s\n", megabytes(p.total), p.micro_batch, p.micro_batch == 1 ? "" : "s",
+            p.blocks_recomputed, p.blocks, p.drops_pages ? "dropped behind their use" : "stay in memory");
 }
 
 /* A dataset of the flags' kind from a file. */
@@ -670,7 +687,7 @@ static int run_finetune(const options *given)
     if (o.checkpoint_save_steps || o.checkpoint_save_dir) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
-    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing;
+    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing;
     if ((status = load_model(&o, &s, &md)) != MFT_OK) goto failed;
     if (format != MFT_DATA_TOKENS && (status = mft_tokenizer_load(s.ctx, o.model, &s.tok)) != MFT_OK) {
         if (status != MFT_ERR_IO) goto failed;
@@ -704,6 +721,7 @@ static int run_finetune(const options *given)
         fprintf(stderr, "trains %lld of %lld parameters (%.3g%%), %lld steps\n", (long long)trainable, (long long)mft_model_get_config(s.model)->n_params,
                 100.0 * (double)trainable / (double)mft_model_get_config(s.model)->n_params, (long long)steps);
         mft_lora_report(s.model, on_target, NULL);
+        if (o.memory_budget) report_choice(tr);
     }
     if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : td.save_dir)) != MFT_OK) goto failed;
     if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)steps_done(tr));
@@ -1280,7 +1298,7 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
-      "chat-template no-pack no-shuffle grad-checkpointing memory-budget checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from log" COMMON,
+      "chat-template no-pack no-shuffle grad-checkpointing no-grad-checkpointing memory-budget checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from log" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n", run_finetune },
