@@ -279,7 +279,8 @@ MFT_API void       mft_dataset_destroy (mft_dataset *ds);
  *   input_ids [, labels]        token ids; labels of the same length, not shifted, -100 ignored
  *   messages                    [{role, content}, ..]: through the chat template; loss on the assistant's turns,
  *                               each with its end-of-turn token
- *   prompt, completion          loss on the completion and its end-of-sequence token
+ *   prompt, completion          loss on the completion and its end-of-sequence token; both may be lists of messages,
+ *                               as TRL has them: loss on the completion's assistant turns
  *   instruction [, input], output    likewise, in Stanford Alpaca's prompt; `instances` [{input, output}, ..] too
  *   text
  * and all lines of a file are alike. messages without a chat template give way to what else is there.
@@ -511,7 +512,8 @@ typedef struct mft_plan {
 } mft_plan;
 
 /* data may be NULL if only mft_trainer_step_batch is used. desc NULL: defaults. The trainer keeps both
- * alive no longer than they live: destroy it first. fails: nothing is trainable. */
+ * alive no longer than they live: destroy it first. fails: nothing is trainable; a token id of the data that
+ * is outside the model's vocabulary. */
 MFT_API mft_status mft_trainer_create    (mft_model *model, mft_dataset *data, const mft_trainer_desc *desc, mft_trainer **out);
 /* What steps of micro-batches [batch, seq] will take; batch, seq 0: the trainer's own. Runs nothing.
  * fails  OUT_OF_MEMORY: no choice fits the memory budget; the sentence says what would */
@@ -8101,15 +8103,16 @@ static mft_status mft__doc_completion(mft__corpus *c, size_t n_prompt)
     return s == MFT_OK && !c->desc.no_eos ? mft__doc_eos(c) : s;
 }
 
-/* doc = a conversation through the chat template. */
-static mft_status mft__doc_chat(mft__corpus *c, const mft_chat *chat)
+/* doc = a conversation through the chat template, whose first `given` assistant turns are not learnt. */
+static mft_status mft__doc_chat(mft__corpus *c, const mft_chat *chat, size_t given)
 {
     const mft_chat_template *t = c->chat ? c->chat : c->tok ? mft_tokenizer_chat_template(c->tok) : NULL;
     mft_status               s;
     if (!t) return mft__data_fail(c, MFT_ERR_UNSUPPORTED, "a conversation needs a chat template: the tokenizer has none and none was given");
     s = mft__chat_render(t, chat, !c->desc.train_on_prompt, &c->rendered);
     if (s != MFT_OK) return mft__place_error(c, s);
-    return mft__doc_spans(c, c->rendered.text, c->rendered.bytes, MFT_NO_ADD_SPECIAL, c->rendered.spans, c->rendered.n_spans);
+    if (given > c->rendered.n_spans) given = c->rendered.n_spans;
+    return mft__doc_spans(c, c->rendered.text, c->rendered.bytes, MFT_NO_ADD_SPECIAL, c->rendered.spans + given, c->rendered.n_spans - given);
 }
 
 /* ---- lines of JSONL ---- */
@@ -8209,15 +8212,14 @@ static mft_status mft__line_ids(mft__corpus *c, const mft_json *o)
     return MFT_OK;
 }
 
-static mft_status mft__line_messages(mft__corpus *c, const mft_json *o)
+/* Is the value at `key` a list of messages that can be rendered? */
+static mft_status mft__check_messages(mft__corpus *c, const mft_json *o, const char *key)
 {
-    const mft_json *list = mft_json_get(o, c->desc.messages_key), *m, *content, *part;
-    mft_chat        chat;
+    const mft_json *list = mft_json_get(o, key), *m, *content, *part;
     size_t          i, k;
-
     if (mft_json_type(list) != MFT_JSON_ARRAY)
-        return mft__data_fail(c, MFT_ERR_FORMAT, "\"%s\" is %s, not an array", c->desc.messages_key, mft__json_kind_name(list));
-    if (!mft_json_count(list)) return mft__data_fail(c, MFT_ERR_FORMAT, "\"%s\" is empty", c->desc.messages_key);
+        return mft__data_fail(c, MFT_ERR_FORMAT, "\"%s\" is %s, not an array", key, mft__json_kind_name(list));
+    if (!mft_json_count(list)) return mft__data_fail(c, MFT_ERR_FORMAT, "\"%s\" is empty", key);
     for (i = 0; (m = mft_json_at(list, i, NULL)) != NULL; i++) {
         const char *role = mft_json_string(mft_json_get(m, "role"), NULL);
         if (!role || !*role) return mft__data_fail(c, MFT_ERR_FORMAT, "message %llu has no role", (unsigned long long)i + 1);
@@ -8233,11 +8235,51 @@ static mft_status mft__line_messages(mft__corpus *c, const mft_json *o)
         } else if (mft_json_type(content) != MFT_JSON_STRING && !mft_json_get(m, "tool_calls"))
             return mft__data_fail(c, MFT_ERR_FORMAT, "message %llu has no content", (unsigned long long)i + 1);
     }
+    return MFT_OK;
+}
+
+static mft_status mft__line_messages(mft__corpus *c, const mft_json *o)
+{
+    mft_chat   chat;
+    mft_status s = mft__check_messages(c, o, c->desc.messages_key);
+    if (s != MFT_OK) return s;
     memset(&chat, 0, sizeof chat);
-    chat.messages_json = list;
+    chat.messages_json = mft_json_get(o, c->desc.messages_key);
     chat.tools         = mft_json_get(o, "tools");
     chat.now           = c->desc.now;
-    return mft__doc_chat(c, &chat);
+    return mft__doc_chat(c, &chat, 0);
+}
+
+/* A prompt and a completion that are lists of messages: one conversation, of whose assistant turns those of the
+ * prompt are not learnt. */
+static mft_status mft__line_prompt_messages(mft__corpus *c, const mft_json *o)
+{
+    const char  *keys[2];
+    mft_message *all;
+    mft_chat     chat;
+    size_t       n = 0, i, k, given = 0, bytes;
+    mft_status   s = MFT_OK;
+    keys[0] = c->desc.prompt_key; keys[1] = c->desc.completion_key;
+    for (k = 0; k < 2 && s == MFT_OK; k++) { s = mft__check_messages(c, o, keys[k]); n += mft_json_count(mft_json_get(o, keys[k])); }
+    if (s != MFT_OK) return s;
+    bytes = n * sizeof *all;
+    if (!(all = (mft_message *)mft__alloc(c->ctx, bytes))) return MFT_ERR_OUT_OF_MEMORY;
+    for (k = 0, n = 0; k < 2 && s == MFT_OK; k++) {
+        const mft_json *m;
+        for (i = 0; (m = mft_json_at(mft_json_get(o, keys[k]), i, NULL)) != NULL && s == MFT_OK; i++, n++) {
+            all[n].role    = mft_json_string(mft_json_get(m, "role"), NULL);
+            all[n].content = mft_json_string(mft_json_get(m, "content"), NULL);
+            if (!all[n].content) s = mft__data_fail(c, MFT_ERR_UNSUPPORTED, "\"%s\": message %llu: only content that is a string is taken here", keys[k], (unsigned long long)i + 1);
+            else given += k == 0 && !strcmp(all[n].role, "assistant");
+        }
+    }
+    memset(&chat, 0, sizeof chat);
+    chat.messages = all; chat.n_messages = (int)n;
+    chat.tools    = mft_json_get(o, "tools");
+    chat.now      = c->desc.now;
+    if (s == MFT_OK) s = mft__doc_chat(c, &chat, given);
+    mft__free(c->ctx, all, bytes);
+    return s;
 }
 
 /* The prompts Stanford Alpaca was trained with: https://github.com/tatsu-lab/stanford_alpaca */
@@ -8291,6 +8333,7 @@ static mft_status mft__line_json(mft__corpus *c, mft__source_kind *kind, const c
     case MFT__FROM_MESSAGES:  s = mft__line_messages(c, o); break;
     case MFT__FROM_ALPACA:    s = mft__line_alpaca(c, o, part, out_parts); break;
     case MFT__FROM_COMPLETION:
+        if (mft_json_type(mft_json_get(o, c->desc.prompt_key)) == MFT_JSON_ARRAY) { s = mft__line_prompt_messages(c, o); break; }
         s = mft__text_put_key(c, o, c->desc.prompt_key, 0);
         n_prompt = c->n_text;
         if (s == MFT_OK) s = mft__text_put_key(c, o, c->desc.completion_key, 0);
@@ -8939,7 +8982,7 @@ MFT_API mft_status mft_dataset_add_chat(mft_dataset *ds, const mft_message *mess
     memset(&chat, 0, sizeof chat);
     chat.messages = messages; chat.n_messages = n; chat.now = ds->corpus->desc.now;
     s = mft__calls_source(ds, &sample);
-    if (s == MFT_OK) s = mft__doc_chat(ds->corpus, &chat);
+    if (s == MFT_OK) s = mft__doc_chat(ds->corpus, &chat, 0);
     return mft__add_made(ds, s, sample, 0);
 }
 
@@ -11592,6 +11635,14 @@ static int mft__is_no_decay(const mft_model *m, const mft_tensor *t)
     return 0;
 }
 
+/* Whether every token of the data is in the model's vocabulary: before the first step, not in the middle of an epoch. */
+static mft_status mft__check_max_id(const mft_model *m, const mft_dataset *data)
+{
+    if (!data || data->info.max_id < m->config.vocab_size) return MFT_OK;
+    return mft__fail(m->ctx, MFT_ERR_INVALID_ARGUMENT, "the data has token id %ld, the model a vocabulary of %lld: they are not of one tokenizer",
+                     (long)data->info.max_id, (long long)m->config.vocab_size);
+}
+
 MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const mft_trainer_desc *desc, mft_trainer **out)
 {
     mft_trainer   *tr;
@@ -11630,6 +11681,7 @@ MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const
         s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_create: a linear or cosine schedule needs total_steps");
         goto fail;
     }
+    if ((s = mft__check_max_id(model, data)) != MFT_OK || (s = mft__check_max_id(model, tr->desc.eval_data)) != MFT_OK) goto fail;
     tr->n_params = mft_model_params(model, 1, NULL, 0);
     if (!tr->n_params) { s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "nothing is trainable: attach an adapter, or load the model with train_all"); goto fail; }
     tr->params = (mft_tensor **)mft__alloc(ctx, (size_t)tr->n_params * sizeof *tr->params);

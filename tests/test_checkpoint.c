@@ -576,6 +576,23 @@ static void test_evaluations(void)
     }
 }
 
+/* An id beyond the vocabulary is found before the first step. */
+static void test_greatest_id(void)
+{
+    int32_t      ids[4] = { 1, 2, 53, 3 };
+    recipe       k;
+    run          r;
+    mft_trainer *tr = NULL;
+    mft_trainer_desc d;
+    memset(&k, 0, sizeof k); memset(&d, 0, sizeof d);
+    r = open_run(&k);
+    CHECK(mft_dataset_create(r.ctx, NULL, NULL, &r.held) == MFT_OK && mft_dataset_add_tokens(r.held, ids, NULL, 4) == MFT_OK);
+    CHECK(mft_trainer_create(r.m, r.held, &d, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "token id 53") && !tr);
+    d.eval_data = r.held;
+    CHECK(mft_trainer_create(r.m, r.data, &d, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "vocabulary of 53"));
+    close_run(&r);
+}
+
 /* ==== what is not finite ==== */
 typedef struct poison { int calls, from, n; } poison;
 
@@ -712,6 +729,7 @@ int main(void)
     TEST(test_between_renames);
     TEST(test_cancel_after_step);
     TEST(test_evaluations);
+    TEST(test_greatest_id);
     TEST(test_not_finite);
     TEST(test_eta);
     TEST(test_allocations);

@@ -939,6 +939,9 @@ static void test_formats_and_masks(void)
     /* a template of one's own */
     d.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}";
     check_marked(ctx, tok, &d, "f.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"assistant\",\"content\":\"yes\"}]}", 0, "user: x\nassistant:[[ yes]]\n");
+    /* TRL's prompt and completion as messages: what the prompt's assistant says is not learnt */
+    check_marked(ctx, tok, &d, "f.jsonl", "{\"prompt\":[{\"role\":\"user\",\"content\":\"x\"},{\"role\":\"assistant\",\"content\":\"no\"},{\"role\":\"user\",\"content\":\"y\"}],"
+                 "\"completion\":[{\"role\":\"assistant\",\"content\":\"yes\"}]}", 0, "user: x\nassistant: no\nuser: y\nassistant:[[ yes]]\n");
     d.chat_template = NULL;
     d.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% generation %}{{ 'th' }}{% endgeneration %}{{ 'e end' }}{% endfor %}";
     check_marked(ctx, tok, &d, "f.jsonl", "{\"messages\":[{\"role\":\"assistant\",\"content\":\"x \"}]}", 0, "assistant: x[[ the]] end");
