@@ -225,7 +225,8 @@ static void test_finetune(void)
         char     *end = strchr(line, '\n'), one[1000];
         mft_json *l;
         snprintf(one, sizeof one, "%.*s\n", (int)(end - line), line);
-        l = one_object(one, "step loss lr grad_norm tokens tokens_per_second peak_rss_bytes elapsed_s");
+        l = one_object(one, steps < 6 ? "step loss lr grad_norm tokens tokens_per_second peak_rss_bytes elapsed_s"
+                                      : "step loss lr grad_norm tokens tokens_per_second peak_rss_bytes elapsed_s eval_loss eval_perplexity");
         CHECK(number(l, "step") == steps + 1 && number(l, "loss") > 1 && number(l, "grad_norm") > 0 && number(l, "tokens") > 0);
         CHECK_MSG(fabs(number(l, "lr") - (steps < 2 ? 1e-2 * steps / 2 : 1e-2 * (7 - steps) / 5)) < 1e-15, "step %d: lr %.17g", steps + 1, number(l, "lr"));
         if (digits(one, "loss") > most_loss) most_loss = digits(one, "loss");
@@ -274,6 +275,72 @@ static void test_finetune(void)
     j = one_object(out, "weights_mapped weights_resident weights_held trainable gradients optimizer activations workspaces step tokenizer data process total micro_batch drops_pages blocks blocks_recomputed mlp_rows grad_checkpointing");
     CHECK(number(j, "gradients") == number(j, "trainable") && number(j, "trainable") > 0);
     CHECK(number(j, "total") == number(j, "weights_resident") + number(j, "weights_held") + number(j, "trainable") + number(j, "gradients") + number(j, "optimizer") + number(j, "step") + number(j, "tokenizer") + number(j, "data") + number(j, "process"));
+    mft_json_destroy(j);
+}
+
+/* Evaluations, the best kept, data with names of its own and bad lines, flags from files. */
+static void test_loop(void)
+{
+    static const char data[] = "{\"q\": \"The cat\", \"a\": \" sat on the mat.\"}\nnot json\n{\"q\": \"The dog\", \"a\": \" sat on the log.\"}\n{\"q\": \"The end\", \"a\": \" is near.\"}\n"
+                               "{\"q\": \"The sun and the cat and the dog and the mat and the log\", \"a\": \" is up.\"}\n";
+    static const char yaml[] = "# how to train\nmodel: \"%s/q\"\ndata: %s/odd.jsonl   # ours\nprompt_key: q\ncompletion-key: 'a'\nskip-bad-lines: true\nlora_modules: [q_proj, v_proj]\n"
+                               "lora-rank: 3\nseed: 3\nmax-steps: 9\nfull: false\nseq-len: 20\neval-split: 0.3\neval-steps: 2\nload-best: yes\noutput: %s/configured\n";
+    char      text[3000], *a, *b;
+    size_t    n = 0, m = 0;
+    mft_json *j;
+    write_file(in_room("odd.jsonl"), data, sizeof data - 1);
+    expect("finetune --model @/q --data @/odd.jsonl --output @/x --prompt-key q --completion-key a", 1, "line 2, column 1");
+    expect("finetune --model @/q --data @/odd.jsonl --output @/x --skip-bad-lines", 1, "not one good line");
+    snprintf(text, sizeof text, yaml, room, room, room);
+    write_file(in_room("run.yaml"), text, strlen(text));
+    CHECK_MSG(run("finetune --config @/run.yaml --lora-rank 2 --log @/loop.log --lr 1e-2") == 0, "%s", err);
+    CHECK_MSG(strstr(err, "1 bad lines skipped") && strstr(err, "[[ ") && strstr(err, "(best)") && strstr(err, "WARNING") && strstr(err, "nothing to learn from") && strstr(err, "--seq-len"), "%s", err);
+    CHECK_MSG(strstr(out, "9 steps") && strstr(out, "held out"), "%s", out);
+    a = test_read_file(in_room("loop.log"), NULL);
+    for (b = a; b && (b = strstr(b, "\"eval_loss\":")) != NULL; b++) n++;
+    CHECK_MSG(n == 5, "%d evaluations in the log", (int)n);
+    free(a);
+    a = test_read_file(in_room("configured/finetune.yaml"), NULL);
+    CHECK_MSG(a && strstr(a, "lora-rank: 2\n") && strstr(a, "eval-split: 0.3\n") && strstr(a, "load-best: true\n") && strstr(a, "lora-modules: \"q_proj,v_proj\"\n") && strstr(a, "optim: \"adamw\"\n"), "%s", a);
+    free(a);
+    /* the written config repeats the run */
+    a = test_read_file(in_room("configured/adapter_model.safetensors"), &n);
+    snprintf(text, sizeof text, "finetune --config @/configured/finetune.yaml --output @/repeated --log @/loop2.log --json");
+    CHECK_MSG(run(text) == 0, "%s", err);
+    b = test_read_file(in_room("repeated/adapter_model.safetensors"), &m);
+    CHECK(a && b && n == m && !memcmp(a, b, n));
+    free(a); free(b);
+    j = one_object(out, "steps train_loss eval_loss eval_perplexity tokens_per_second peak_rss_bytes trainable_parameters output");
+    CHECK(number(j, "steps") == 9 && number(j, "eval_loss") > 0);
+    mft_json_destroy(j);
+    /* JSON does as well; what is wrong in a file is named */
+    snprintf(text, sizeof text, "{\"model\": \"%s/q\", \"data\": \"%s/text.txt\", \"output\": \"%s/x2\", \"max_steps\": 50, \"lora_modules\": [\"q_proj\", \"v_proj\"], \"lr\": 0.001, \"full\": false}", room, room, room);
+    write_file(in_room("run.json"), text, strlen(text));
+    CHECK_MSG(run("finetune --config @/run.json --epochs 1 --seq-len 32 --json") == 0, "%s", err);
+    write_file(in_room("bad.yaml"), "seed: 3\nlora-rnk: 4\n", strlen("seed: 3\nlora-rnk: 4\n"));
+    expect("finetune --config @/bad.yaml", 2, "line 2: unknown key \"lora-rnk\", did you mean lora-rank?");
+    write_file(in_room("bad.yaml"), "seed: 3\n\nbatch-size: many\n", strlen("seed: 3\n\nbatch-size: many\n"));
+    expect("finetune --config @/bad.yaml", 2, "line 3");
+    write_file(in_room("bad.yaml"), "full: perhaps\n", strlen("full: perhaps\n"));
+    expect("finetune --config @/bad.yaml", 2, "true or false");
+    write_file(in_room("bad.yaml"), "{\"seed\": {\"a\": 1}}", strlen("{\"seed\": {\"a\": 1}}"));
+    expect("finetune --config @/bad.yaml", 2, "flat");
+    expect("finetune --config @/nowhere.yaml", 2, "nowhere.yaml");
+    expect("finetune --model @/q --data @/text.txt --output @/x --eval-split 0.1 --eval-data @/text.txt", 2, "--eval-split");
+    expect("finetune --model @/q --data @/text.txt --output @/x --eval-steps 5", 1, "eval_data");
+    /* a directory's validation split is found; CRLF and a byte order mark are no text */
+    snprintf(text, sizeof text, "mkdir -p %s/dir && cp %s/rows.jsonl %s/dir/train.jsonl && cp %s/rows.jsonl %s/dir/validation.jsonl", room, room, room, room, room);
+    CHECK(system(text) == 0 && run("finetune --model @/q --data @/dir --output @/x3 --max-steps 2 --json") == 0);
+    CHECK(strstr(out, "\"eval_loss\":null") == NULL);
+    CHECK(run("perplexity --model @/q --data @/text.txt --seq-len 16 --json") == 0);
+    j = one_object(out, "tokens loss perplexity tokens_per_second peak_rss_bytes");
+    write_file(in_room("crlf.txt"), "\xef\xbb\xbfThe cat sat on the mat. The dog sat on the log.\r\nThe end of it all is near, and the sun is up.\r\n", 3 + 94 + 2);
+    CHECK(run("perplexity --model @/q --data @/crlf.txt --seq-len 16 --json") == 0);
+    {
+        mft_json *k = one_object(out, "tokens loss perplexity tokens_per_second peak_rss_bytes");
+        CHECK(number(j, "loss") == number(k, "loss") && number(j, "tokens") == number(k, "tokens"));
+        mft_json_destroy(k);
+    }
     mft_json_destroy(j);
 }
 
@@ -424,6 +491,7 @@ int main(void)
     TEST(test_failures);
     TEST(test_finetune);
     TEST(test_resume);
+    TEST(test_loop);
     TEST(test_other_commands);
     TEST(test_interrupt);
     mft_context_destroy(ctx);

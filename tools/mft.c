@@ -25,14 +25,16 @@
  * ============================================================================== */
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
-    const char *checkpoint_save_dir, *resume_from;
+    const char *checkpoint_save_dir, *resume_from, *text_key, *prompt_key, *completion_key, *messages_key;
     const char *precision, *quantize, *log, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
-    int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit;
+    int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
-    int     use_rslora, use_dora, help;
+    int     use_rslora, use_dora, help, load_best, skip_bad_lines;
+    double  eval_split;
     const char *path;                       /* the one argument without a flag, where a command takes one */
+    const struct command *command;
 } options;
 
 typedef enum flag_kind { STRING, INTEGER, NUMBER, SWITCH, BYTES } flag_kind;
@@ -51,7 +53,12 @@ static const flag flags[] = {
     { "model",              STRING,  AT(model),              0, 0, "DIR",  "the model: a snapshot directory (config.json, *.safetensors, tokenizer)" },
     { "adapter",            STRING,  AT(adapter),            0, 0, "DIR",  "a LoRA adapter in PEFT's format; finetune starts from it" },
     { "data",               STRING,  AT(data),               0, 0, "FILE", "what to read: text, JSONL or token ids, see --format" },
-    { "eval-data",          STRING,  AT(eval_data),          0, 0, "FILE", "held-out data of the same kind, evaluated at the end" },
+    { "eval-data",          STRING,  AT(eval_data),          0, 0, "FILE", "held-out data of the same kind                               [DATA/valid.jsonl, if DATA is a directory]" },
+    { "eval-split",         NUMBER,  AT(eval_split),         0, 0.9, "P",  "hold out this share of the data instead                      [0]" },
+    { "eval-steps",         INTEGER, AT(eval_steps),         1, MANY, "N", "evaluate every N steps                                       [at the end only]" },
+    { "early-stopping-patience", INTEGER, AT(early_stopping_patience), 1, MANY, "N", "end after N evaluations in a row without a new best" },
+    { "load-best",          SWITCH,  AT(load_best),          0, 0, NULL,   "the result is what evaluated best, not what came last" },
+    { "max-nonfinite-steps", INTEGER, AT(max_nonfinite_steps), 0, MANY, "N", "pass over so many steps in a row that are NaN or infinite     [3]" },
     { "output",             STRING,  AT(output),             0, 0, "PATH", "where the result goes" },
     { "format",             STRING,  AT(format),             0, 0, "KIND", "auto, text, jsonl, mmlu or tokens (raw int32 ids)            [auto]" },
     { "full",               SWITCH,  AT(full),               0, 0, NULL,   "train all weights instead of an adapter" },
@@ -80,6 +87,11 @@ static const flag flags[] = {
     { "assistant-loss-only", SWITCH, AT(assistant_loss_only), 0, 0, NULL,  "insist on chat data: learn assistant turns only" },
     { "train-on-prompt",    SWITCH,  AT(train_on_prompt),    0, 0, NULL,   "learn prompts and user turns as well" },
     { "chat-template",      STRING,  AT(chat_template),      0, 0, "FILE", "Jinja template                                               [the tokenizer's]" },
+    { "text-key",           STRING,  AT(text_key),           0, 0, "KEY",  "what the data calls its text                                 [text]" },
+    { "prompt-key",         STRING,  AT(prompt_key),         0, 0, "KEY",  "what it calls a prompt                                       [prompt]" },
+    { "completion-key",     STRING,  AT(completion_key),     0, 0, "KEY",  "what it calls a completion                                   [completion]" },
+    { "messages-key",       STRING,  AT(messages_key),       0, 0, "KEY",  "what it calls a conversation                                 [messages]" },
+    { "skip-bad-lines",     SWITCH,  AT(skip_bad_lines),     0, 0, NULL,   "count lines that cannot be used and go on" },
     { "no-pack",            SWITCH,  AT(no_pack),            0, 0, NULL,   "one sample per row, padded on the right" },
     { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
@@ -106,7 +118,7 @@ static const flag flags[] = {
     { "jsonl",              STRING,  AT(jsonl),              0, 0, "FILE", "one object with \"text\" a line in, one array of ids a line out" },
     { "no-special",         SWITCH,  AT(no_special),         0, 0, NULL,   "leave out the tokens that the tokenizer adds by itself" },
     { "tokens",             STRING,  AT(tokens),             0, 0, "FILE", "raw little-endian int32 token ids" },
-    { "config",             STRING,  AT(config),             0, 0, "FILE", "a config.json" },
+    { "config",             STRING,  AT(config),             0, 0, "FILE", "init: a config.json; finetune: flags as `key: value` lines or JSON; flags given win" },
     { "dtype",              STRING,  AT(dtype),              0, 0, "KIND", "f32, f16 or bf16                                             [f32]" },
     { "json",               SWITCH,  AT(json),               0, 0, NULL,   "print one JSON object on stdout and nothing else" },
     { "help",               SWITCH,  AT(help),               0, 0, NULL,   "this text" }
@@ -252,6 +264,143 @@ static int parse_flags(const command *c, int argc, char **argv, options *o)
     return 1;
 }
 
+/* ---- flags from a file: flat YAML, `key: value` a line, or one JSON object ---- */
+static char *config_text;                   /* what options point to; as long as the program */
+
+static int config_error(const char *path, int line, const char *what, const char *key, const char *near)
+{
+    fprintf(stderr, "mft: %s: line %d: %s \"%s\"%s%s%s\n", path, line, what, key, near ? ", did you mean " : "", near ? near : "", near ? "?" : "");
+    return 0;
+}
+
+static int config_pair(const command *c, options *o, const char *path, int line, const char *key, const char *value)
+{
+    static const char *const yes[] = { "true", "yes", "on", "1" }, *const no[] = { "false", "no", "off", "0" };
+    int k, i;
+    for (k = 0; k < N_FLAGS && !same_name(key, flags[k].name); k++) {}
+    if (k == N_FLAGS || !in_list(c->takes, flags[k].name) || !strcmp(flags[k].name, "config")) return config_error(path, line, "unknown key", key, nearest_flag(c, key));
+    if (!*value || !strcmp(value, "null") || !strcmp(value, "~")) return 1;
+    if (flags[k].kind != SWITCH) return set_flag(o, &flags[k], value) || config_error(path, line, "the value of", key, NULL);
+    for (i = 0; i < 4; i++) {
+        if (!strcmp(value, yes[i])) return set_flag(o, &flags[k], NULL);
+        if (!strcmp(value, no[i]))  return 1;
+    }
+    return config_error(path, line, "true or false is wanted for", key, NULL);
+}
+
+/* The value's text without blanks, quotes, a comment behind it; "[a, b]" becomes "a,b". In place. */
+static char *config_scalar(char *v)
+{
+    char *end, *p, *q;
+    while (*v == ' ' || *v == '\t') v++;
+    if ((*v == '"' || *v == '\'') && (end = strchr(v + 1, *v)) != NULL) { *end = '\0'; return v + 1; }
+    for (p = v; *p; p++) if (*p == '#' && (p == v || p[-1] == ' ')) { *p = '\0'; break; }
+    for (end = v + strlen(v); end > v && strchr(" \t\r", end[-1]); end--) end[-1] = '\0';
+    if (*v != '[' || end == v || end[-1] != ']') return v;
+    for (p = q = v; *p; p++) if (!strchr("[]\"' ", *p)) *q++ = *p;
+    *q = '\0';
+    return v;
+}
+
+static int config_yaml(const command *c, options *o, const char *path, char *text)
+{
+    char *next = text;
+    int   line;
+    for (line = 1; next; line++) {
+        char *p = next, *colon;
+        next = strchr(p, '\n');
+        if (next) *next++ = '\0';
+        if (line == 1 && !strncmp(p, "\xef\xbb\xbf", 3)) p += 3;
+        if (!p[strspn(p, " \t\r")] || p[strspn(p, " \t")] == '#' || !strncmp(p, "---", 3)) continue;
+        colon = strchr(p, ':');
+        if (!colon || *p == ' ' || *p == '-') return config_error(path, line, "`key: value` is wanted, not", p, NULL);
+        *colon = '\0';
+        if (!config_pair(c, o, path, line, config_scalar(p), config_scalar(colon + 1))) return 0;
+    }
+    return 1;
+}
+
+/* The members as text: what config_pair takes. */
+static int config_json(const command *c, options *o, const char *path, const char *text, size_t bytes)
+{
+    mft_context_desc d;
+    mft_context     *ctx = NULL;
+    mft_json        *root = NULL;
+    const mft_json  *node, *item;
+    const char      *key;
+    char            *at, *end;
+    size_t           i, k;
+    int              ok = 0;
+    memset(&d, 0, sizeof d);
+    d.n_threads = 1;
+    config_text = (char *)malloc(bytes * 16 + 64);              /* a number of one character becomes one of 25 at most */
+    if (!config_text || mft_context_create(&d, &ctx) != MFT_OK) return config_error(path, 1, "no memory for", "it", NULL);
+    if (mft_json_parse(ctx, text, bytes, &root) != MFT_OK || mft_json_type(root) != MFT_JSON_OBJECT) {
+        fprintf(stderr, "mft: %s: %s\n", path, root ? "one JSON object is wanted" : mft_error_message(ctx));
+        goto done;
+    }
+    at = config_text; end = config_text + bytes * 16 + 64;
+    for (i = 0, ok = 1; ok && (node = mft_json_at(root, i, &key)) != NULL; i++) {
+        char *value = at;
+        *at = '\0';
+        for (k = 0; k < (mft_json_type(node) == MFT_JSON_ARRAY ? mft_json_count(node) : 1); k++) {
+            item = mft_json_type(node) == MFT_JSON_ARRAY ? mft_json_at(node, k, NULL) : node;
+            if (k) at += snprintf(at, (size_t)(end - at), ",");
+            if (mft_json_type(item) == MFT_JSON_STRING)      at += snprintf(at, (size_t)(end - at), "%s", mft_json_string(item, NULL));
+            else if (mft_json_type(item) == MFT_JSON_NUMBER) at += snprintf(at, (size_t)(end - at), "%.17g", mft_json_number(item, 0));
+            else if (mft_json_type(item) == MFT_JSON_BOOL)   at += snprintf(at, (size_t)(end - at), mft_json_bool(item, 0) ? "true" : "false");
+            else if (mft_json_type(item) != MFT_JSON_NULL)   ok = config_error(path, 1, "a flat object is wanted; not so flat is", key, NULL);
+        }
+        at++;
+        ok = ok && config_pair(c, o, path, 1, key, value);
+    }
+done:
+    mft_context_destroy(ctx);
+    return ok;
+}
+
+static char *read_text(const char *path, int64_t *out_bytes);
+
+/* Flags of a file into options that have their defaults. 0: a sentence is on stderr. */
+static int read_config(const command *c, const char *path, options *o)
+{
+    int64_t bytes = 0;
+    char   *text = read_text(path, &bytes), *p = text;
+    int     ok;
+    if (!text) return 0;
+    while (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t') p++;
+    if (*p != '{') { config_text = text; return config_yaml(c, o, path, text); }
+    ok = config_json(c, o, path, text, (size_t)bytes);
+    free(text);
+    return ok;
+}
+
+static void json_string(FILE *f, const char *s);
+
+/* The options as a file that read_config reads, all defaults filled in. */
+static int write_config(const command *c, const options *o, const char *path)
+{
+    FILE *f = fopen(path, "w");
+    int   i;
+    for (i = 0; f && i < N_FLAGS; i++) {
+        const char *at = (const char *)o + flags[i].at;
+        if (!in_list(c->takes, flags[i].name) || in_list("config json plan resume-from", flags[i].name)) continue;
+        if ((o->full || o->adapter) && !strncmp(flags[i].name, "lora-", 5)) continue;
+        if (flags[i].kind == SWITCH && *(const int *)(const void *)at) fprintf(f, "%s: true\n", flags[i].name);
+        if (flags[i].kind == STRING && *(const char *const *)(const void *)at) {
+            fprintf(f, "%s: ", flags[i].name);
+            json_string(f, *(const char *const *)(const void *)at);
+            fprintf(f, "\n");
+        }
+        if (flags[i].kind == INTEGER && (double)*(const int64_t *)(const void *)at >= flags[i].low) fprintf(f, "%s: %lld\n", flags[i].name, (long long)*(const int64_t *)(const void *)at);
+        if (flags[i].kind == BYTES && *(const int64_t *)(const void *)at)   fprintf(f, "%s: %lld\n", flags[i].name, (long long)*(const int64_t *)(const void *)at);
+        if (flags[i].kind == NUMBER) fprintf(f, "%s: %.10g\n", flags[i].name, *(const double *)(const void *)at);
+    }
+    if (f && fclose(f) == 0) return 1;
+    fprintf(stderr, "mft: %s: cannot be written\n", path);
+    return 0;
+}
+
 static void print_help(const command *c)
 {
     int i;
@@ -331,6 +480,7 @@ typedef struct session {
     mft_context   *ctx;
     mft_tokenizer *tok;
     mft_model     *model;
+    int            n_skipped;               /* lines that on_log saw */
 } session;
 
 static mft_context *signal_target;          /* what SIGINT cancels, */
@@ -346,8 +496,9 @@ static void on_interrupt(int sig)
 
 static void on_log(void *user, mft_log_level level, const char *text)
 {
-    (void)user;
-    if (level <= MFT_LOG_INFO) fprintf(stderr, "mft: %s\n", text);
+    int *skipped = (int *)user;             /* bad lines may be many: the first few are enough to see what they are */
+    if (level > MFT_LOG_INFO || (!strncmp(text, "skipped:", 8) && ++*skipped > 5)) return;
+    fprintf(stderr, "%smft: %s\n", isatty(2) ? "\r\033[K" : "", text);
 }
 
 /* Prints the context's sentence; the exit status is that of a failure or of an interruption. */
@@ -376,7 +527,7 @@ static int open_session(const options *o, session *s)
     if (precision < 0) return 2;
     memset(&d, 0, sizeof d);
     d.n_threads = (int)o->threads; d.kernels = o->kernels; d.precision = (mft_precision)precision;
-    d.memory_budget = (size_t)o->memory_budget; d.seed = (uint64_t)o->seed; d.log = on_log;
+    d.memory_budget = (size_t)o->memory_budget; d.seed = (uint64_t)o->seed; d.log = on_log; d.log_user = &s->n_skipped;
     status = mft_context_create(&d, &s->ctx);
     if (status == MFT_ERR_INVALID_ARGUMENT) {
         int i;
@@ -447,6 +598,15 @@ static char *read_text(const char *path, int64_t *out_bytes)
     return text;
 }
 
+/* Takes a byte order mark and the CR of CRLF out, as a dataset does; returns the bytes that are left. */
+static int64_t plain_text(char *text, int64_t bytes)
+{
+    int64_t i = bytes >= 3 && !memcmp(text, "\xef\xbb\xbf", 3) ? 3 : 0, n = 0;
+    for (; i < bytes; i++) if (text[i] != '\r' || i + 1 == bytes || text[i + 1] != '\n') text[n++] = text[i];
+    text[n] = '\0';
+    return n;
+}
+
 /* Text to ids, freed with free(). NULL: the session has the sentence. */
 static int32_t *encode(session *s, const char *text, int64_t bytes, int encode_flags, int64_t *out_n)
 {
@@ -476,7 +636,8 @@ typedef struct live {                       /* what the progress callback draws 
     int     terminal, quiet;
     int64_t total;
     double  began, shown, smooth, loss_sum;
-    int64_t steps;
+    int64_t steps, eval_steps;              /* eval_steps 0: evaluated at the end only; -1: never        */
+    int     line_open;                      /* the log's last object waits for its step's evaluation     */
     double  tokens_per_second;
 } live;
 
@@ -488,19 +649,31 @@ static void duration(char *text, size_t cap, double s)
     else snprintf(text, cap, "%.0fh%02.0fm", floor(s / 3600), floor(fmod(s, 3600) / 60));
 }
 
+static void end_log_line(live *v)
+{
+    if (v->line_open) { fputs("}\n", v->log); fflush(v->log); }
+    v->line_open = 0;
+}
+
 static void on_step(void *user, const mft_progress *p)
 {
     live  *v = (live *)user;
     double now = mft__now();
     char   eta[32];
-    v->smooth = v->steps ? 0.9 * v->smooth + 0.1 * p->loss : p->loss;
-    v->loss_sum += p->loss; v->steps++;
-    v->tokens_per_second = p->tokens_per_second;
+    if (p->loss == p->loss) {                                   /* else the step was skipped */
+        v->smooth = v->steps ? 0.9 * v->smooth + 0.1 * p->loss : p->loss;
+        v->loss_sum += p->loss; v->steps++;
+        v->tokens_per_second = p->tokens_per_second;
+    }
     if (v->log) {
-        fprintf(v->log, "{\"step\":%lld,\"loss\":%.10g,\"lr\":%.17g,\"grad_norm\":%.10g,\"tokens\":%lld,\"tokens_per_second\":%.6g,\"peak_rss_bytes\":%llu,\"elapsed_s\":%.6g}\n",
-                (long long)p->step, p->loss, p->learning_rate, p->grad_norm, (long long)p->n_tokens, p->tokens_per_second,
+        fprintf(v->log, "{\"step\":%lld,\"loss\":", (long long)p->step);
+        json_number(v->log, p->loss);
+        fprintf(v->log, ",\"lr\":%.17g,\"grad_norm\":", p->learning_rate);
+        json_number(v->log, p->grad_norm);
+        fprintf(v->log, ",\"tokens\":%lld,\"tokens_per_second\":%.6g,\"peak_rss_bytes\":%llu,\"elapsed_s\":%.6g", (long long)p->n_tokens, v->tokens_per_second,
                 (unsigned long long)peak_rss(), now - v->began);
-        fflush(v->log);
+        v->line_open = 1;
+        if (v->eval_steps < 0 || (p->step < v->total && (!v->eval_steps || p->step % v->eval_steps))) end_log_line(v);
     }
     if (v->quiet) return;
     /* a terminal is redrawn ten times a second; elsewhere a line every tenth of the run, or every half minute */
@@ -508,8 +681,17 @@ static void on_step(void *user, const mft_progress *p)
     v->shown = now;
     duration(eta, sizeof eta, p->eta_seconds);
     fprintf(stderr, "%sstep %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f MB  eta %s%s", v->terminal ? "\r\033[K" : "", (long long)p->step, (long long)v->total,
-            v->smooth, p->learning_rate, p->tokens_per_second, megabytes(p->resident_bytes), eta, v->terminal ? "" : "\n");
+            v->smooth, p->learning_rate, v->tokens_per_second, megabytes(p->resident_bytes), eta, v->terminal ? "" : "\n");
     if (v->terminal && p->step == v->total) fputc('\n', stderr);
+}
+
+static void on_eval(void *user, int64_t step, const mft_eval *e, int is_best)
+{
+    live *v = (live *)user;
+    if (v->line_open) fprintf(v->log, ",\"eval_loss\":%.10g,\"eval_perplexity\":%.10g", e->loss, e->perplexity);
+    end_log_line(v);
+    if (!v->quiet) fprintf(stderr, "%sstep %lld/%lld  held out: loss %.4f, perplexity %.3f%s\n", v->terminal ? "\r\033[K" : "", (long long)step, (long long)v->total,
+                           e->loss, e->perplexity, is_best ? "  (best)" : "");
 }
 
 static void on_target(void *user, const char *target, int n_modules, int64_t n)
@@ -552,30 +734,82 @@ static void report_choice(mft_trainer *tr)
             p.blocks_recomputed, p.blocks, p.drops_pages ? "dropped behind their use" : "stay in memory");
 }
 
-/* A dataset of the flags' kind from a file. */
-static mft_status open_data(const options *o, session *s, const char *path, int format, const char *template_text, mft_dataset **out)
+/* A dataset of the flags' kind from a file or a split of a directory. */
+static mft_status open_data(const options *o, session *s, const char *path, const char *split, int format, const char *template_text, mft_dataset **out)
 {
     mft_dataset_desc d;
     mft_status       status;
     memset(&d, 0, sizeof d);
-    d.max_seq_len = (int)o->seq_len; d.format = (mft_data_format)format; d.seed = (uint64_t)o->seed;
+    d.max_seq_len = (int)o->seq_len; d.format = (mft_data_format)format; d.seed = (uint64_t)o->seed; d.split = split;
     d.no_pack = o->no_pack; d.no_shuffle = o->no_shuffle; d.train_on_prompt = o->train_on_prompt;
-    d.assistant_loss_only = o->assistant_loss_only; d.chat_template = template_text;
+    d.assistant_loss_only = o->assistant_loss_only; d.chat_template = template_text; d.skip_bad_lines = o->skip_bad_lines;
+    d.text_key = o->text_key; d.prompt_key = o->prompt_key; d.completion_key = o->completion_key; d.messages_key = o->messages_key;
     d.vocab_size = mft_model_get_config(s->model)->vocab_size;
     status = mft_dataset_create(s->ctx, s->tok, &d, out);
     if (status == MFT_OK) status = mft_dataset_load(*out, path);
     return status;
 }
 
-static void report_data(const char *path, mft_dataset *data)
+/* The data, and what is held out of training: a file, a share, or the directory's validation split. */
+static mft_status open_both(const options *o, session *s, int format, const char *template_text, mft_dataset **data, mft_dataset **held)
 {
-    mft_dataset_info info;
-    if (mft_dataset_report(data, &info) != MFT_OK) return;
-    fprintf(stderr, "%s: %s, %lld samples, %lld tokens, %lld supervised (%.0f%%), longest %lld", path, info.format, (long long)info.n_samples, (long long)info.n_tokens,
-            (long long)info.n_supervised, info.n_tokens ? 100.0 * (double)info.n_supervised / (double)info.n_tokens : 0.0, (long long)info.longest);
-    if (info.n_truncated) fprintf(stderr, ", %lld truncated", (long long)info.n_truncated);
-    fprintf(stderr, "\n");
+    static const char *const names[] = { "valid.jsonl", "validation.jsonl", "val.jsonl", "dev.jsonl" };
+    mft_status status = open_data(o, s, o->data, "train", format, template_text, data);
+    int        i, there = 0;
+    if (status != MFT_OK) return status;
+    if (o->eval_data) return open_data(o, s, o->eval_data, "valid", format, template_text, held);
+    if (o->eval_split > 0) return mft_dataset_split(*data, o->eval_split, held);
+    for (i = 0; i < 4 && !there && mft__file_kind(o->data) == MFT__DIRECTORY; i++) {
+        char *path = mft__path_join(s->ctx, o->data, names[i]);
+        there = path && mft__file_exists(s->ctx, path);
+        mft__strfree(s->ctx, path);
+    }
+    return there ? open_data(o, s, o->data, "valid", format, template_text, held) : MFT_OK;
 }
+
+/* One sample as the model will see it, [[what is trained on]] marked; a long one around its first mark. */
+static void show_sample(mft_dataset *data, int64_t n_samples)
+{
+    enum { CAP = 1 << 16, SHOWN = 600 };
+    char   *text = (char *)malloc(CAP), *mark = NULL, *p;
+    int64_t i, from = 0, to = 0;
+    for (i = 0; text && !mark && i < n_samples && i < 20; i++) {
+        int64_t n = mft_dataset_sample_text(data, i, "[[", "]]", text, CAP - 1);
+        if (n < 0) break;
+        text[n < CAP ? n : CAP - 1] = '\0';
+        mark = strstr(text, "[[");
+        to = (int64_t)strlen(text);
+    }
+    if (mark) {
+        if (to > SHOWN && mark - text > SHOWN / 2) from = mark - text - SHOWN / 2;
+        if (to - from > SHOWN) to = from + SHOWN;
+        while (from && ((unsigned char)text[from] & 0xc0) == 0x80) from++;
+        while (text[to] && ((unsigned char)text[to] & 0xc0) == 0x80) to--;
+        for (p = text; *p; p++) if ((unsigned char)*p < 32 && *p != '\n') *p = ' ';
+        fprintf(stderr, "  sample %lld, [[trained on]]:\n    %s", (long long)i, from ? ".." : "");
+        for (p = text + from; p < text + to; p++) { fputc(*p, stderr); if (*p == '\n') fputs("    ", stderr); }
+        fprintf(stderr, "%s\n", *p ? ".." : "");
+    }
+    free(text);
+}
+
+static void report_data(const options *o, const char *path, mft_dataset *data, int with_sample)
+{
+    mft_dataset_info d;
+    if (mft_dataset_report(data, &d) != MFT_OK) return;
+    fprintf(stderr, "%s: %s, %lld samples in %lld rows, %lld tokens, %lld supervised (%.3g%%), longest %lld\n", path, d.format, (long long)d.n_samples, (long long)d.n_rows,
+            (long long)d.n_tokens, (long long)d.n_supervised, d.n_tokens ? 100.0 * (double)d.n_supervised / (double)d.n_tokens : 0.0, (long long)d.longest);
+    if (d.n_bad_lines) fprintf(stderr, "  %lld bad lines skipped\n", (long long)d.n_bad_lines);
+    if (d.n_truncated) fprintf(stderr, "  %lld samples cut to --seq-len %lld: --seq-len %lld would keep all whole\n", (long long)d.n_truncated, (long long)o->seq_len, (long long)d.longest);
+    if (d.n_unsupervised)
+        fprintf(stderr, "  WARNING: %lld of %lld samples have nothing to learn from: %s\n", (long long)d.n_unsupervised, (long long)d.n_samples,
+                d.n_truncated ? "their prompt alone fills --seq-len; a greater one would help" : "every label of theirs is masked");
+    if (with_sample) show_sample(data, d.n_samples);
+}
+
+/* Are checkpoints asked for, and where do they go? */
+static int         saves(const options *o)    { return o->checkpoint_save_steps || o->checkpoint_save_dir || o->load_best; }
+static const char *save_dir(const options *o) { return o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output; }
 
 /* The flags that say how to train, as the library has them. 0: a sentence is on stderr. */
 static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trainer_desc *t)
@@ -595,9 +829,11 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
     t->warmup_steps = o->warmup_steps; t->warmup_ratio = o->warmup_ratio;
     t->total_steps = total_steps;
     t->micro_batch = (int)o->batch_size; t->grad_accum = (int)o->grad_accum_steps;
-    t->save_dir = o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output;
+    if (saves(o)) t->save_dir = save_dir(o);
+    t->eval_steps = o->eval_steps; t->early_stopping_patience = (int)o->early_stopping_patience; t->load_best = o->load_best;
+    t->max_nonfinite = (int)o->max_nonfinite_steps;
     t->save_steps = o->checkpoint_save_steps; t->save_total_limit = (int)o->save_total_limit;
-    t->on_step = on_step; t->user = v;
+    t->on_step = on_step; t->on_eval = on_eval; t->user = v;
     return 1;
 }
 
@@ -627,11 +863,10 @@ static FILE *open_log(session *s, const char *path, int64_t step)
 /* After an interruption: what was done is kept, if checkpoints were asked for. */
 static void save_interrupted(const options *o, session *s, mft_trainer *tr)
 {
-    if (!tr || !steps_done(tr) || !(o->checkpoint_save_steps || o->checkpoint_save_dir)) return;
+    if (!tr || !steps_done(tr) || !saves(o)) return;
     mft_cancel(s->ctx, 0);
     if (mft_trainer_save(tr, NULL) != MFT_OK) fail(s, MFT_ERR_IO);
-    else fprintf(stderr, "mft: step %lld is in %s: go on with --resume-from latest\n", (long long)steps_done(tr),
-                 o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output);
+    else fprintf(stderr, "mft: step %lld is in %s: go on with --resume-from latest\n", (long long)steps_done(tr), save_dir(o));
 }
 
 static int64_t count_trainable(mft_model *m)
@@ -647,6 +882,58 @@ static int64_t count_trainable(mft_model *m)
     return total;
 }
 
+/* Flags that need or exclude each other. 0: a sentence is on stderr. */
+static int finetune_flags_fit(const options *o)
+{
+    const char *wrong = NULL;
+    if (!need("finetune", "model", o->model) || !need("finetune", "data", o->data) || (!o->plan && !need("finetune", "output", o->output))) return 0;
+    if (o->full && (o->adapter || o->lora_rank || o->lora_alpha > 0 || o->lora_modules || o->use_dora || o->use_rslora))
+        wrong = "--full trains the weights themselves: it takes no --adapter and no --lora flags";
+    if (o->adapter && (o->lora_rank || o->lora_modules || o->use_dora || o->use_rslora))
+        wrong = "--adapter says rank and modules itself: leave --lora-rank, --lora-modules, --use-dora, --use-rslora out";
+    if (o->max_steps && o->epochs) wrong = "--epochs or --max-steps, not both";
+    if (o->eval_data && o->eval_split > 0) wrong = "--eval-data or --eval-split, not both";
+    if (wrong) fprintf(stderr, "mft finetune: %s\n", wrong);
+    return !wrong;
+}
+
+/* Defaults that depend on others, and what the library would fill in, so that the written config says them. */
+static void resolve(options *o)
+{
+    if (o->lr < 0) o->lr = o->full ? 2e-5 : 2e-4;
+    if (!o->lr_scheduler) o->lr_scheduler = "cosine";
+    if (!o->optim) o->optim = "adamw";
+    if (!o->format) o->format = "auto";
+    if (!o->precision) o->precision = "f32";
+    if (!o->max_steps && !o->epochs) o->epochs = 1;
+    if (!o->full && !o->adapter && !o->lora_rank) o->lora_rank = 8;
+    if (!o->full && !o->adapter && !(o->lora_alpha > 0)) o->lora_alpha = (double)(2 * o->lora_rank);
+}
+
+static void print_result(const options *o, const live *v, const mft_trainer_info *end, int64_t trainable)
+{
+    int evaluated = end->eval_step > 0;
+    if (o->json) {
+        printf("{\"steps\":%lld,\"train_loss\":", (long long)end->step);
+        json_number(stdout, v->steps ? v->loss_sum / (double)v->steps : NAN);
+        printf(",\"eval_loss\":");       if (evaluated) json_number(stdout, end->eval.loss); else printf("null");
+        printf(",\"eval_perplexity\":"); if (evaluated) json_number(stdout, end->eval.perplexity); else printf("null");
+        printf(",\"tokens_per_second\":"); json_number(stdout, v->tokens_per_second);
+        printf(",\"peak_rss_bytes\":%llu,\"trainable_parameters\":%lld,\"output\":", (unsigned long long)peak_rss(), (long long)trainable);
+        json_string(stdout, o->output);
+        printf("}\n");
+        return;
+    }
+    printf("%lld steps%s", (long long)end->step, end->stopped_early ? " (stopped early)" : "");
+    if (v->steps) printf(", mean loss %.4f, %.0f tokens/s", v->loss_sum / (double)v->steps, v->tokens_per_second);
+    printf(", peak %.0f MB\n", megabytes(peak_rss()));
+    if (end->n_skipped) printf("%lld steps skipped: their loss or gradient was not finite\n", (long long)end->n_skipped);
+    if (evaluated) printf("held out: loss %.4f, perplexity %.3f over %lld tokens\n", end->eval.loss, end->eval.perplexity, (long long)end->eval.n_tokens);
+    if (evaluated && end->best_step != end->step)
+        printf("the best was step %lld, loss %.4f%s\n", (long long)end->best_step, end->best_loss, o->load_best ? ": loaded" : saves(o) ? ": its checkpoint is kept" : "");
+    printf("saved %s in %s\n", o->full ? "the model" : "the adapter", o->output);
+}
+
 static int run_finetune(const options *given)
 {
     static const char *const formats[] = { "auto", "text", "jsonl", "mmlu", "tokens", NULL };
@@ -656,35 +943,27 @@ static int run_finetune(const options *given)
     mft_trainer_desc td;
     mft_dataset     *data = NULL, *held = NULL;
     mft_trainer     *tr = NULL;
-    mft_eval         eval;
+    mft_trainer_info end;
     live             v;
     struct stat      info;
     int              made_output = 0;
     char            *template_text = NULL;
+    char            *config = NULL;
     int64_t          steps, trainable, bytes;
     mft_status       status;
     int              exit_status, format = choice("format", o.format, formats);
 
-    if (format < 0 || !need("finetune", "model", o.model) || !need("finetune", "data", o.data) || (!o.plan && !need("finetune", "output", o.output))) return 2;
-    if (o.full && (o.adapter || o.lora_rank || o.lora_alpha > 0 || o.lora_modules || o.use_dora || o.use_rslora)) {
-        fprintf(stderr, "mft finetune: --full trains the weights themselves: it takes no --adapter and no --lora flags\n");
-        return 2;
-    }
-    if (o.adapter && (o.lora_rank || o.lora_modules || o.use_dora || o.use_rslora)) {
-        fprintf(stderr, "mft finetune: --adapter says rank and modules itself: leave --lora-rank, --lora-modules, --use-dora, --use-rslora out\n");
-        return 2;
-    }
+    if (format < 0 || !finetune_flags_fit(&o)) return 2;
     memset(&v, 0, sizeof v);
+    memset(&end, 0, sizeof end);
     if (!trainer_desc(&o, 1, &v, &td)) return 2;
-    if (o.max_steps && o.epochs) { fprintf(stderr, "mft finetune: --epochs or --max-steps, not both\n"); return 2; }
-    memset(&eval, 0, sizeof eval);
     exit_status = open_session(&o, &s);
     if (exit_status) return exit_status;
 
     made_output = !o.plan && stat(o.output, &info) != 0;
     if (!o.plan && (status = mft__can_write_in(s.ctx, o.output)) != MFT_OK) goto failed;       /* found now, not after hours */
-    if (!o.plan && td.save_dir != o.output && (status = mft__can_write_in(s.ctx, td.save_dir)) != MFT_OK) goto failed;
-    if (o.checkpoint_save_steps || o.checkpoint_save_dir) signal_cancel = 2;
+    if (!o.plan && td.save_dir && td.save_dir != o.output && (status = mft__can_write_in(s.ctx, td.save_dir)) != MFT_OK) goto failed;
+    if (saves(&o)) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
     md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing;
@@ -700,12 +979,10 @@ static int run_finetune(const options *given)
         ld.use_rslora = o.use_rslora; ld.use_dora = o.use_dora; ld.seed = (uint64_t)o.seed;
         if ((status = mft_lora_attach(s.model, &ld)) != MFT_OK) goto failed;
     }
-    if ((status = open_data(&o, &s, o.data, format, template_text, &data)) != MFT_OK) goto failed;
-    if (o.eval_data && (status = open_data(&o, &s, o.eval_data, format, template_text, &held)) != MFT_OK) goto failed;
-    steps = mft_dataset_epoch_batches(data, (int)o.batch_size);
-    steps = (steps + o.grad_accum_steps - 1) / o.grad_accum_steps * (o.epochs ? o.epochs : 1);
-    if (o.max_steps) steps = o.max_steps;
-    td.total_steps = steps;
+    if ((status = open_both(&o, &s, format, template_text, &data, &held)) != MFT_OK) goto failed;
+    steps = mft_dataset_epoch_batches(data, (int)o.batch_size) * (o.epochs ? o.epochs : 1);
+    steps = o.max_steps ? o.max_steps : (steps + o.grad_accum_steps - 1) / o.grad_accum_steps;
+    td.total_steps = steps; td.eval_data = held;
     if ((status = mft_trainer_create(s.model, data, &td, &tr)) != MFT_OK) goto failed;
     trainable = count_trainable(s.model);
     if (o.plan) {
@@ -715,45 +992,38 @@ static int run_finetune(const options *given)
         if (o.json) printf("\n");
         goto done;
     }
-    v.quiet = o.json && !isatty(2); v.terminal = isatty(2); v.total = steps;
+    v.quiet = o.json && !isatty(2); v.terminal = isatty(2); v.total = steps; v.eval_steps = held ? o.eval_steps : -1;
     if (!v.quiet) {
-        report_data(o.data, data);
+        report_data(&o, o.data, data, 1);
+        if (held) report_data(&o, o.eval_data ? o.eval_data : "held out", held, 0);
         fprintf(stderr, "trains %lld of %lld parameters (%.3g%%), %lld steps\n", (long long)trainable, (long long)mft_model_get_config(s.model)->n_params,
                 100.0 * (double)trainable / (double)mft_model_get_config(s.model)->n_params, (long long)steps);
         mft_lora_report(s.model, on_target, NULL);
         if (o.memory_budget) report_choice(tr);
     }
-    if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : td.save_dir)) != MFT_OK) goto failed;
+    if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : save_dir(&o))) != MFT_OK) goto failed;
     if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)steps_done(tr));
     if (o.log && !(v.log = open_log(&s, o.log, steps_done(tr)))) { exit_status = 1; goto done; }
+    resolve(&o);
+    if (!(config = mft__path_join(s.ctx, o.output, "finetune.yaml"))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    if (!write_config(o.command, &o, config)) { exit_status = 1; goto done; }
     v.began = v.shown = mft__now();
     status = mft_trainer_run(tr, steps - steps_done(tr));
     if (status != MFT_OK) goto failed;
-    if (held && (status = mft_trainer_evaluate(tr, held, 0, &eval)) != MFT_OK) goto failed;
     status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
     if (status != MFT_OK) goto failed;
-    if (o.json) {
-        printf("{\"steps\":%lld,\"train_loss\":", (long long)steps_done(tr));
-        json_number(stdout, v.steps ? v.loss_sum / (double)v.steps : NAN);
-        printf(",\"eval_loss\":");       if (held) json_number(stdout, eval.loss); else printf("null");
-        printf(",\"eval_perplexity\":"); if (held) json_number(stdout, eval.perplexity); else printf("null");
-        printf(",\"tokens_per_second\":"); json_number(stdout, v.tokens_per_second);
-        printf(",\"peak_rss_bytes\":%llu,\"trainable_parameters\":%lld,\"output\":", (unsigned long long)peak_rss(), (long long)trainable);
-        json_string(stdout, o.output);
-        printf("}\n");
-    } else {
-        printf("%lld steps, mean loss %.4f, %.0f tokens/s, peak %.0f MB\n", (long long)steps_done(tr), v.loss_sum / (double)v.steps, v.tokens_per_second, megabytes(peak_rss()));
-        if (held) printf("held out: loss %.4f, perplexity %.3f over %lld tokens\n", eval.loss, eval.perplexity, (long long)eval.n_tokens);
-        printf("saved %s in %s\n", o.full ? "the model" : "the adapter", o.output);
-    }
+    mft_trainer_report(tr, &end);
+    print_result(&o, &v, &end, trainable);
     goto done;
 failed:
     if (v.terminal && v.steps) fputc('\n', stderr);
     exit_status = fail(&s, status);
     if (status == MFT_ERR_CANCELLED) save_interrupted(&o, &s, tr);
 done:
+    end_log_line(&v);
     if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
     free(template_text);
+    mft__strfree(s.ctx, config);
     if (exit_status && made_output) rmdir(o.output);            /* if nothing came of it; one that holds something stays */
     return close_session(&s, exit_status);
 }
@@ -782,6 +1052,7 @@ static int run_perplexity(const options *o)
     } else {
         if ((status = mft_tokenizer_load(s.ctx, o->model, &s.tok)) != MFT_OK) goto failed;
         if (!(text = read_text(o->data, &bytes))) { exit_status = 1; goto done; }
+        bytes = plain_text(text, bytes);
         if (!(ids = encode(&s, text, bytes, 0, &n))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
     }
     began  = mft__now();
@@ -1298,10 +1569,13 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
-      "chat-template no-pack no-shuffle grad-checkpointing no-grad-checkpointing memory-budget checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from log" COMMON,
+      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle grad-checkpointing no-grad-checkpointing memory-budget "
+      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
-      "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n", run_finetune },
+      "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
+      "  mft finetune --model gpt2 --data mail.jsonl --eval-split 0.1 --eval-steps 50 --load-best --checkpoint-save-steps 50 --save-total-limit 2 --output adapter\n"
+      "  mft finetune --config adapter/finetune.yaml --resume-from latest\n", run_finetune },
     { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride" COMMON,
       "  mft perplexity --model gpt2 --data wiki.test.raw --seq-len 1024 --stride 512\n", run_perplexity },
     { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos" COMMON,
@@ -1331,6 +1605,14 @@ static void print_commands(FILE *f)
     fprintf(f, "\nmft COMMAND --help tells a command's flags, with examples.\n");
 }
 
+static void set_defaults(options *o, const command *c)
+{
+    memset(o, 0, sizeof *o);
+    o->command = c;
+    o->batch_size = o->grad_accum_steps = 1;
+    o->seq_len = 256; o->lr = -1; o->max_grad_norm = 1; o->max_nonfinite_steps = 3;
+}
+
 int main(int argc, char **argv)
 {
     options o;
@@ -1348,10 +1630,19 @@ int main(int argc, char **argv)
         print_commands(stderr);
         return 2;
     }
-    memset(&o, 0, sizeof o);
-    o.batch_size = o.grad_accum_steps = 1;
-    o.seq_len = 256; o.lr = -1; o.max_grad_norm = 1;
+    set_defaults(&o, &commands[i]);
     if (!parse_flags(&commands[i], argc - 2, argv + 2, &o)) return usage_error(&commands[i]);
+    if (o.config && !o.help && commands[i].run == run_finetune) {
+        options filed;                      /* the file's flags, and then those given once more, which win */
+        set_defaults(&filed, &commands[i]);
+        if (!read_config(&commands[i], o.config, &filed)) return usage_error(&commands[i]);
+        if (o.epochs) filed.max_steps = 0;
+        if (o.max_steps) filed.epochs = 0;
+        if (o.eval_data) filed.eval_split = 0;
+        if (o.eval_split > 0) filed.eval_data = NULL;
+        if (!parse_flags(&commands[i], argc - 2, argv + 2, &filed)) return usage_error(&commands[i]);
+        o = filed;
+    }
     if (o.help) { print_help(&commands[i]); return 0; }
     status = commands[i].run(&o);
     if (fflush(stdout) != 0 && status == 0) { fprintf(stderr, "mft: standard output could not be written\n"); return 1; }
