@@ -16,7 +16,6 @@
 #include <sys/wait.h>
 #include <time.h>
 
-
 static void copy_file(const char *from, const char *to)
 {
     size_t bytes = 0;
@@ -540,7 +539,7 @@ static void test_evaluations(void)
     mft_trainer_report(r.tr, &info);
     CHECK_MSG(info.stopped_early && info.step == v.step[best] + 6 && info.best_step == v.step[best] && info.eval.loss == v.loss[best], "stopped at %lld", (long long)info.step);
     snprintf(path, sizeof path, "checkpoint-%lld", (long long)info.best_step);
-    CHECK_MSG(count(dir, "") == 2 && count(dir, path) == 1, "%d checkpoints", count(dir, ""));
+    CHECK_MSG(count_files(dir, "") == 2 && count_files(dir, path) == 1, "%d checkpoints", count_files(dir, ""));
     CHECK(mft_trainer_evaluate(r.tr, r.held, 0, &e) == MFT_OK && e.loss == info.best_loss && e.n_tokens == info.eval.n_tokens);
     close_run(&r);
     for (stop = 1; stop < info.step; stop += 3) {
