@@ -12735,6 +12735,10 @@ MFT_API mft_status mft_trainer_resume(mft_trainer *tr, const char *dir)
     if (s == MFT_OK) s = mft__resume_settings(&r);
     if (s == MFT_OK) s = mft__resume_weights(&r);
     if (s == MFT_OK) s = mft__resume_state(&r);
+    if (s == MFT_OK && tr->save_dir) {                          /* what a kill left in the middle of saving */
+        mft__remove_leftovers(tr->ctx, tr->save_dir, "checkpoint-");
+        mft__checkpoints_rotate(tr);
+    }
     mft_json_destroy(r.state);
     mft__strfree(tr->ctx, path);
     mft__strfree(tr->ctx, r.dir);
