@@ -1658,7 +1658,8 @@ typedef struct mft__gemm_strip {
     int64_t      h, lanes, cells;
     float       *tile;                             /* [h][ld] sums, added to if `add`          */
     int64_t      ld;
-    int          add, by_row;                      /* s is [row][MFT__STRIDE], else [k][height] */
+    int          add;
+    int64_t      s_step;                           /* 0: s is [row][MFT__STRIDE]; else [k][s_step] */
     const float *s, *v;
     int64_t      s_term, v_step, v_panel;          /* from a term of s, a cell of v, a panel to the next; pairs and terms
                                                       are always packed, so there v_step is lanes */
@@ -1669,7 +1670,9 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__STRIDE  = MFT__KC + 16,                /* no power of two: rows of a strip share no cache set */
        MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
-       MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512 };
+       MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
+       MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
+       MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
 
 typedef struct mft__gemm_row {
     int       height, lanes, width;                /* rows of a strip, lanes of a panel, of a vector */
@@ -1679,10 +1682,46 @@ typedef struct mft__gemm_row {
     mft__task pack, tiles, columns, dots, sums;    /* of a mft__gemm_job, see mft__gemm        */
 } mft__gemm_row;
 
+/* Numbers [B, T, heads, D] where they lie; D side by side. */
+typedef struct mft__heads { float *p; int64_t batch, token, head; } mft__heads;
+
+/* Attention as the rows see it. What one key head serves is a list of rows (query, head of its group):
+ * row r is query r / G. See mft_attention in [OPS]. */
+typedef struct mft__attention_job {
+    void       (*strip)(const mft__gemm_strip *x);
+    mft__heads q, k, v, out, dout, dq, dk, dv;
+    float     *lse, *delta;                        /* [B, heads, T]                            */
+    int64_t    B, T, S, D, G, n_kv_head;
+    float      scale, softcap;
+    int64_t    window;
+    const int32_t *first_key;
+    int        add_q, add_k, add_v;
+    int64_t    blocks;                             /* of a key head: the task's range is B * n_kv_head * blocks */
+    char      *scratch;                            /* of worker w: scratch + w * scratch_bytes */
+    size_t     scratch_bytes;
+} mft__attention_job;
+
+enum { MFT__ATT_PANELS = 2, MFT__MAX_HEAD_DIM = 512 };    /* panels of lanes in a block: what is copied for one serves both */
+
 static int64_t mft__min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t mft__max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MFT__UNUSED static int mft__min_int(int a, int b) { return a < b ? a : b; }
 static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return row->k_step > 1 ? mft__round_up(kc, row->k_step) / 2 : kc; }
+
+/* The keys query t of sequence b sees: [*first, *end). */
+static void mft__visible(const mft__attention_job *a, int64_t b, int64_t t, int32_t *first, int32_t *end)
+{
+    int64_t last = t + a->S - a->T, from = a->first_key ? a->first_key[b * a->T + t] : 0;
+    if (a->window > 0 && last - a->window + 1 > from) from = last - a->window + 1;
+    *end   = (int32_t)(last + 1);
+    *first = (int32_t)(from < 0 ? 0 : mft__min64(from, last + 1));
+}
+
+static float *mft__head(const mft__heads *x, int64_t G, int64_t b, int64_t kv, int64_t r)
+{
+    return x->p + b * x->batch + r / G * x->token + (kv * G + r % G) * x->head;
+}
 
 typedef struct mft__kernels {
     const char *name;
@@ -1715,6 +1754,7 @@ typedef struct mft__kernels {
     /* y[i] = x[i] c[i] - x[i+h] s[i],  y[i+h] = x[i+h] c[i] + x[i] s[i];  add: y += ; y may be x when add is 0 */
     void   (*rope)       (float *y, const float *x, const float *c, const float *s, int64_t h, int add);
     void   (*adamw)      (float *p, float *m, float *v, const float *g, int64_t n, const mft__adamw *k);
+    mft__task attention, attention_dq, attention_dkv;      /* of a mft__attention_job             */
     const mft__gemm_row *gemm[2];                          /* by precision; [1] may be [0]        */
     const mft__gemm_row *split;                            /* f32 of several bf16 terms, or NULL  */
     int cblas;                                             /* products go to cblas_sgemm          */
@@ -2029,7 +2069,7 @@ MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
     mft__act_##row, mft__act_backward_##row, mft__gate_##row, mft__gate_backward_##row,                                           \
     mft__rms_norm_##row, mft__rms_norm_backward_##row, mft__layer_norm_##row, mft__layer_norm_backward_##row,                     \
-    mft__rope_##row, mft__adamw_##row
+    mft__rope_##row, mft__adamw_##row, mft__attention_##row, mft__attention_dq_##row, mft__attention_dkv_##row
 
 /*                                                     height lanes width k_step products */
 static const mft__gemm_row mft__gemm_portable     = {  6,     8,    4,    1,     0, mft__strip_portable,   MFT__TASKS_OF(portable) };
@@ -3631,19 +3671,15 @@ MFT_API mft_tensor *mft_rope(mft_context *ctx, mft_tensor *x, const int32_t *pos
     return y;
 }
 
-/* ---- attention ----
- *   forward, per query: scores of a tile of keys, running maximum m and sum l (Dao et al. 2022, alg. 1);
- *   kept are out and lse = m + log l. With p = exp(score - lse), D = <dout, out>:
+/* ---- attention (Dao et al. 2022, alg. 1) ----
+ *   forward: a block of queries lies in the lanes of vectors, q turned into panels [D][lanes]; for each tile of
+ *   keys, k panel gives scores [key][lane], of which maximum and sum run lane by lane, without a sum across
+ *   lanes; v^T times the weights is added to out^T [D][lane]. All products are strips of [KERNEL].
+ *   Kept are out and lse = m + log l. With p = exp(score - lse), D = <dout, out>:
  *     dv[s] += p dout[t]     ds = p (<dout[t], v[s]> - D) scale     dq[t] += ds k[s]     dk[s] += ds q[t]
- *   Two passes recompute p: one over queries for dq, one over keys for dk and dv, so that each number has
- *   one writer and the order of its sum is fixed, also when a single key head serves all query heads. */
-enum { MFT__KEY_TILE = 128, MFT__MAX_HEAD_DIM = 512 };
-
-typedef struct mft__heads {                 /* [B, T, heads, D] numbers with strides */
-    float  *p;
-    int64_t batch, token, head;
-} mft__heads;
-
+ *   Two passes recompute p: one with queries in the lanes for dq, one with keys in the lanes for dk and dv, so
+ *   that each number has one writer and the order of its sum is fixed, also when a single key head serves
+ *   all query heads: the queries of a group's heads are rows of one list. */
 static mft__heads mft__heads_of(float *p, const mft_tensor *layout)
 {
     mft__heads h;
@@ -3651,177 +3687,67 @@ static mft__heads mft__heads_of(float *p, const mft_tensor *layout)
     return h;
 }
 
-static float *mft__head(const mft__heads *h, int64_t b, int64_t t, int64_t head)
-{
-    return h->p + b * h->batch + t * h->token + head * h->head;
-}
-
-typedef struct mft__attention_task {
-    const mft__kernels *k;
-    mft__heads q, key, v, out, dout, dq, dk, dv;
-    float     *lse, *delta;                 /* [B, heads, T] */
-    int64_t    B, T, S, D, n_head, n_kv_head;
-    float      scale, softcap;
-    int64_t    window;
-    const int32_t *first_key;
-    int        add_q, add_k, add_v;
-} mft__attention_task;
-
-/* The keys query t of sequence b sees: [*begin, *end). */
-static void mft__visible(const mft__attention_task *a, int64_t b, int64_t t, int64_t *begin, int64_t *end)
-{
-    int64_t last = t + a->S - a->T, first = a->first_key ? a->first_key[b * a->T + t] : 0;
-    if (a->window > 0 && last - a->window + 1 > first) first = last - a->window + 1;
-    *begin = first < 0 ? 0 : first;
-    *end   = last + 1;
-}
-
-/* The score of one query with key s, past scale and cap. */
-static float mft__score(const mft__attention_task *a, const float *q, const float *key)
-{
-    float s = a->k->dot(q, key, a->D) * a->scale;
-    return a->softcap > 0 ? a->softcap * tanhf(s / a->softcap) : s;
-}
-
-static void mft__attention_query(const mft__attention_task *a, int64_t b, int64_t t, int64_t h)
-{
-    float        scores[MFT__KEY_TILE], m = -INFINITY, l = 0;
-    int64_t      kv = h / (a->n_head / a->n_kv_head), begin, end, s, i, n;
-    const float *q = mft__head(&a->q, b, t, h);
-    float       *out = mft__head(&a->out, b, t, h);
-    memset(out, 0, (size_t)a->D * sizeof *out);
-    mft__visible(a, b, t, &begin, &end);
-    for (s = begin; s < end; s += n) {
-        float high, fade;
-        n = mft__min(end - s, MFT__KEY_TILE);
-        for (i = 0; i < n; i++) scores[i] = mft__score(a, q, mft__head(&a->key, b, s + i, kv));
-        high = a->k->max(scores, n);
-        if (!(high <= m)) {                                     /* a new maximum, or NaN: what is summed so far fades */
-            fade = m == -INFINITY ? 0 : expf(m - high);
-            l *= fade;
-            a->k->scale(out, fade, out, a->D);
-            m = high;
-        }
-        l += a->k->exp_sum(scores, scores, m, n);
-        for (i = 0; i < n; i++) a->k->axpy(out, scores[i], mft__head(&a->v, b, s + i, kv), a->D);
-    }
-    if (begin < end) a->k->scale(out, 1 / l, out, a->D);
-    if (a->lse) a->lse[(b * a->n_head + h) * a->T + t] = m + logf(l);
-}
-
-static void mft__attention_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    const mft__attention_task *a = (const mft__attention_task *)arg;
-    int64_t i;
-    (void)worker;
-    for (i = begin; i < end; i++) mft__attention_query(a, i / (a->T * a->n_head), i / a->n_head % a->T, i % a->n_head);
-}
-
-/* p and ds of query (b, t, h) with key s. */
-static void mft__attention_pair(const mft__attention_task *a, const float *q, const float *key, const float *v, const float *dout,
-                                float lse, float delta, float *p, float *ds)
-{
-    float s = mft__score(a, q, key);
-    *p  = expf(s - lse);
-    *ds = *p * (a->k->dot(dout, v, a->D) - delta) * a->scale;
-    if (a->softcap > 0) *ds *= 1 - (s / a->softcap) * (s / a->softcap);
-}
-
-static void mft__attention_dq_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    const mft__attention_task *a = (const mft__attention_task *)arg;
-    int64_t i;
-    (void)worker;
-    for (i = begin; i < end; i++) {
-        int64_t b = i / (a->T * a->n_head), t = i / a->n_head % a->T, h = i % a->n_head, kv = h / (a->n_head / a->n_kv_head);
-        int64_t at = (b * a->n_head + h) * a->T + t, s, first, last;
-        const float *q = mft__head(&a->q, b, t, h), *dout = mft__head(&a->dout, b, t, h);
-        float *dq, p, ds;
-        a->delta[at] = a->k->dot(dout, mft__head(&a->out, b, t, h), a->D);
-        if (!a->dq.p) continue;
-        dq = mft__head(&a->dq, b, t, h);
-        if (!a->add_q) memset(dq, 0, (size_t)a->D * sizeof *dq);
-        mft__visible(a, b, t, &first, &last);
-        for (s = first; s < last; s++) {
-            const float *key = mft__head(&a->key, b, s, kv);
-            mft__attention_pair(a, q, key, mft__head(&a->v, b, s, kv), dout, a->lse[at], a->delta[at], &p, &ds);
-            a->k->axpy(dq, ds, key, a->D);
-        }
-    }
-}
-
-static void mft__attention_dkv_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    const mft__attention_task *a = (const mft__attention_task *)arg;
-    int64_t i, G = a->n_head / a->n_kv_head;
-    float   none[MFT__MAX_HEAD_DIM];
-    (void)worker;
-    for (i = begin; i < end; i++) {
-        int64_t b = i / (a->S * a->n_kv_head), s = i / a->n_kv_head % a->S, kv = i % a->n_kv_head;
-        int64_t t = s - (a->S - a->T), t_end = a->T, h, first, last;
-        const float *key = mft__head(&a->key, b, s, kv), *v = mft__head(&a->v, b, s, kv);
-        float *dk = a->dk.p ? mft__head(&a->dk, b, s, kv) : none, *dv = a->dv.p ? mft__head(&a->dv, b, s, kv) : none, p, ds;
-        if (!a->add_k || !a->dk.p) memset(dk, 0, (size_t)a->D * sizeof *dk);
-        if (!a->add_v || !a->dv.p) memset(dv, 0, (size_t)a->D * sizeof *dv);
-        if (a->window > 0 && t + a->window < t_end) t_end = t + a->window;
-        for (t = t < 0 ? 0 : t; t < t_end; t++) {
-            mft__visible(a, b, t, &first, &last);
-            if (s < first) continue;
-            for (h = kv * G; h < (kv + 1) * G; h++) {
-                int64_t      at = (b * a->n_head + h) * a->T + t;
-                const float *q = mft__head(&a->q, b, t, h), *dout = mft__head(&a->dout, b, t, h);
-                mft__attention_pair(a, q, key, v, dout, a->lse[at], a->delta[at], &p, &ds);
-                a->k->axpy(dk, ds, q, a->D);
-                a->k->axpy(dv, p, dout, a->D);
-            }
-        }
-    }
-}
-
 /* What both directions know of the shapes and options. */
-static mft__attention_task mft__attention_of(mft_context *ctx, const mft_tensor *q, const mft_tensor *k, const mft_tensor *v,
-                                             const mft_tensor *out, const mft_attention_desc *d)
+static mft__attention_job mft__attention_of(mft_context *ctx, const mft_tensor *q, const mft_tensor *k, const mft_tensor *v,
+                                            const mft_tensor *out, const mft_attention_desc *d)
 {
-    mft__attention_task a;
+    mft__attention_job a;
     memset(&a, 0, sizeof a);
-    a.k = ctx->kernels;
-    a.q = mft__heads_of((float *)q->data, q); a.key = mft__heads_of((float *)k->data, k);
+    a.strip = ctx->kernels->gemm[MFT_PRECISION_F32]->strip;
+    a.q = mft__heads_of((float *)q->data, q); a.k   = mft__heads_of((float *)k->data, k);
     a.v = mft__heads_of((float *)v->data, v); a.out = mft__heads_of((float *)out->data, out);
-    a.B = q->shape[0]; a.T = q->shape[1]; a.n_head = q->shape[2]; a.D = q->shape[3];
-    a.S = k->shape[1]; a.n_kv_head = k->shape[2];
+    a.B = q->shape[0]; a.T = q->shape[1]; a.D = q->shape[3];
+    a.S = k->shape[1]; a.n_kv_head = k->shape[2]; a.G = q->shape[2] / a.n_kv_head;
     a.scale = d->scale != 0 ? d->scale : (float)(1 / sqrt((double)a.D));
     a.window = d->window; a.softcap = d->softcap; a.first_key = d->first_key;
     return a;
 }
 
+/* One pass over all blocks of `rows` rows in lanes, `panels` panels of [D][lanes] and `tiles` of scores for
+ * each worker. 0 if its workspace is not to be had. */
+static int mft__attention_pass(mft_context *ctx, mft__attention_job *a, int64_t rows, int panels, int tiles, mft__task task)
+{
+    int64_t lanes = ctx->kernels->gemm[MFT_PRECISION_F32]->lanes, n;
+    size_t  floats = (size_t)(lanes * (panels * MFT__ATT_PANELS * mft__round_up(a->D, MFT__TILE_ROWS) + tiles * MFT__SEEN_TILE)
+                              + 2 * (1 + (a->D - 1) / MFT__KC) * MFT__COPY), bytes;
+    a->blocks = (rows - 1) / (lanes * MFT__ATT_PANELS) + 1;
+    n = a->B * a->n_kv_head * a->blocks;
+    a->scratch_bytes = mft__round64(sizeof(float) * floats);
+    bytes = a->scratch_bytes * (size_t)(n == 1 ? 1 : ctx->n_threads);
+    if (!(a->scratch = (char *)mft__high(ctx, bytes))) return 0;
+    if (MFT__RUNS(ctx)) mft__parallel(ctx, n, 1, task, a);
+    mft__high_free(ctx, a->scratch, bytes);
+    return 1;
+}
+
 static void mft__attention_backward(mft_context *ctx, mft__record *r)
 {
     mft_tensor *q = r->in[0], *k = r->in[1], *v = r->in[2];
-    mft_attention_desc  d;
-    mft__attention_task a;
-    size_t              bytes;
+    mft_attention_desc d;
+    mft__attention_job a;
+    size_t             bytes;
+    int                ok;
     d.scale = r->f[0]; d.softcap = r->f[1]; d.window = (int)r->i[0]; d.first_key = (const int32_t *)r->p[0];
     a = mft__attention_of(ctx, q, k, v, r->y, &d);
     a.lse  = r->saved;
     a.dout = mft__heads_of((float *)r->y->grad->data, r->y);
-    a.dq = a.q; a.dk = a.key; a.dv = a.v;                       /* a gradient has its tensor's strides */
+    a.dq = a.q; a.dk = a.k; a.dv = a.v;                         /* a gradient has its tensor's strides */
     a.dq.p = a.dk.p = a.dv.p = NULL;
     if (q->trainable && !(a.dq.p = mft__grad(ctx, q, &a.add_q))) return;
     if (k->trainable && !(a.dk.p = mft__grad(ctx, k, &a.add_k))) return;
     if (v->trainable && !(a.dv.p = mft__grad(ctx, v, &a.add_v))) return;
-    bytes = (size_t)(a.B * a.n_head * a.T) * sizeof(float);
+    bytes = (size_t)(a.B * a.n_kv_head * a.G * a.T) * sizeof(float);
     if (!(a.delta = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
-    if (MFT__RUNS(ctx)) {
-        mft__parallel(ctx, a.B * a.T * a.n_head, MFT__ROW_GRAIN, mft__attention_dq_run, &a);
-        if (a.dk.p || a.dv.p) mft__parallel(ctx, a.B * a.S * a.n_kv_head, MFT__ROW_GRAIN, mft__attention_dkv_run, &a);
-    }
+    ok = mft__attention_pass(ctx, &a, a.T * a.G, 3, 2, ctx->kernels->attention_dq)
+      && (!(a.dk.p || a.dv.p) || mft__attention_pass(ctx, &a, a.S, 4, 2, ctx->kernels->attention_dkv));
+    if (!ok) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
     mft__high_free(ctx, a.delta, bytes);
 }
 
 MFT_API mft_tensor *mft_attention(mft_context *ctx, mft_tensor *q, mft_tensor *k, mft_tensor *v, const mft_attention_desc *desc)
 {
     mft_attention_desc  d;
-    mft__attention_task a;
+    mft__attention_job a;
     mft__mark    mark;
     mft__record *r;
     mft_tensor  *y;
@@ -3840,12 +3766,12 @@ MFT_API mft_tensor *mft_attention(mft_context *ctx, mft_tensor *q, mft_tensor *k
     wants |= mft__wants_grad(ctx, k);
     wants |= mft__wants_grad(ctx, v);
     if (wants) {
-        a.lse = (float *)mft__low(ctx, (size_t)(a.B * a.n_head * a.T) * sizeof(float));
+        a.lse = (float *)mft__low(ctx, (size_t)(a.B * q->shape[2] * a.T) * sizeof(float));
         if (!a.lse) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
         if (!(r = mft__record_op(ctx, mark, y, mft__attention_backward, q, k, v))) return NULL;
         r->saved = a.lse; r->f[0] = a.scale; r->f[1] = a.softcap; r->i[0] = a.window; r->p[0] = a.first_key;
     }
-    if (MFT__RUNS(ctx)) mft__parallel(ctx, a.B * a.T * a.n_head, MFT__ROW_GRAIN, mft__attention_run, &a);
+    if (!mft__attention_pass(ctx, &a, a.T * a.G, 2, 1, ctx->kernels->attention)) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
     return y;
 }
 
@@ -5457,7 +5383,7 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
                      && g->v_count % LANES == 0 && end - begin <= 2 * height;   /* too few rows to be worth packing for */
     mft__gemm_strip x;
 
-    x.s = strip; x.s_term = height * MFT__STRIDE; x.by_row = g->s.col_stride == 1 || g->row->k_step > 1;
+    x.s = strip; x.s_term = height * MFT__STRIDE; x.s_step = g->s.col_stride == 1 || g->row->k_step > 1 ? 0 : height;
     x.ld = n_panels * LANES; x.lanes = g->v_count; x.s_terms = g->s_terms; x.v_terms = g->v_terms;
     for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
         int64_t kc = mft__min64(g->k - p0, MFT__KC);
@@ -5643,6 +5569,360 @@ MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int wor
     }
 }
 
+/* ---- attention: see [OPS]. A panel is [..][lanes], a copy [row][MFT__STRIDE], columns from MFT__KC on in a
+ *      second one. Rows and keys are numbered within one sequence and key head; x has `group` heads for it. ---- */
+
+/* panel[d][lane] = f x[r0 + lane], n lanes, zeros after */
+MFT__BODY void MFT__FN(panel_of)(float *panel, const mft__attention_job *a, const mft__heads *x, int64_t group, int64_t b, int64_t kv, int64_t r0, int64_t n, float f)
+{
+    enum { LANES = MFT__P * MFT__W };
+    float   square[MFT__W * MFT__W];
+    int64_t l, d;
+    int     i;
+    for (l = 0; l < LANES; l += MFT__W) {
+        const float *rows[MFT__W];
+        for (i = 0; i < MFT__W; i++) rows[i] = l + i < n ? mft__head(x, group, b, kv, r0 + l + i) : NULL;
+        for (d = 0; d < a->D; d += MFT__W) {
+            for (i = 0; i < MFT__W; i++) {
+                MFT__V y = MFT__SET1(0.0f);
+                if (rows[i]) y = MFT__SET1(f) * MFT__FN(in)(rows[i] + d, a->D - d);
+                MFT__STORE(square + i * MFT__W, y);
+            }
+            MFT__FN(transpose)(panel + d * LANES + l, LANES, square, MFT__W);
+        }
+    }
+}
+
+/* x[r0 + lane] (+)= f[lane] panel[d][lane], n lanes */
+MFT__BODY void MFT__FN(panel_out)(const float *panel, const mft__attention_job *a, const mft__heads *x, int64_t group, int64_t b, int64_t kv, int64_t r0, int64_t n, const float *f, int add)
+{
+    enum { LANES = MFT__P * MFT__W };
+    float   square[MFT__W * MFT__W];
+    int64_t l, d;
+    int     i;
+    for (l = 0; l < n; l += MFT__W) for (d = 0; d < a->D; d += MFT__W) {
+        MFT__FN(transpose)(square, MFT__W, panel + d * LANES + l, LANES);
+        for (i = 0; i < MFT__W && l + i < n; i++) {
+            float *to = mft__head(x, group, b, kv, r0 + l + i) + d;
+            MFT__V y  = MFT__SET1(f[l + i]) * MFT__LOAD(square + i * MFT__W);
+            if (add) y += MFT__FN(in)(to, a->D - d);
+            MFT__FN(out)(to, a->D - d, y);
+        }
+    }
+}
+
+/* copy[row] = f x[r0 + row]: rows of x may be any distance apart, those of a copy share no cache set */
+MFT__BODY void MFT__FN(copy_of)(float *copy, const mft__attention_job *a, const mft__heads *x, int64_t group, int64_t b, int64_t kv, int64_t r0, int64_t n, float f)
+{
+    int64_t row, d;
+    for (row = 0; row < n; row++) {
+        const float *from = mft__head(x, group, b, kv, r0 + row);
+        for (d = 0; d < a->D; d += MFT__W)                      /* whole vectors: a copy's row has room past MFT__KC */
+            MFT__STORE(copy + d / MFT__KC * MFT__COPY + row * MFT__STRIDE + d % MFT__KC, MFT__SET1(f) * MFT__FN(in)(from + d, a->D - d));
+    }
+}
+
+/* tile[row][lane] = sum_d copy[row][d] panel[d][lane], rows [begin, end) */
+MFT__HELP void MFT__FN(tile_scores)(const mft__attention_job *a, float *tile, const float *copy, const float *panel, int64_t lanes, int64_t begin, int64_t end)
+{
+    mft__gemm_strip x;
+    int64_t i, d;
+    memset(&x, 0, sizeof x);
+    x.lanes = lanes; x.ld = x.v_step = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
+    for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) for (i = begin; i < end; i += MFT__H) {
+        x.h = mft__min64(end - i, MFT__H); x.cells = mft__min64(a->D - d, MFT__KC); x.add = d != 0;
+        x.tile = tile + i * x.ld; x.s = copy + i * MFT__STRIDE; x.v = panel + d * x.ld;
+        a->strip(&x);
+    }
+}
+
+/* panel[d][lane] += sum over rows [begin, end) of copy[row][d] tile[row][lane] */
+MFT__HELP void MFT__FN(tile_spread)(const mft__attention_job *a, float *panel, const float *copy, const float *tile, int64_t lanes, int64_t begin, int64_t end)
+{
+    mft__gemm_strip x;
+    int64_t i, d, n;
+    memset(&x, 0, sizeof x);
+    x.lanes = lanes; x.ld = x.v_step = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
+    x.s_step = MFT__STRIDE; x.cells = end - begin; x.add = 1; x.v = tile + begin * x.ld;
+    for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) {
+        n = mft__min64(a->D - d, MFT__KC);
+        for (i = 0; i < n; i += MFT__H) {
+            x.h = mft__min64(n - i, MFT__H);
+            x.tile = panel + (d + i) * x.ld; x.s = copy + begin * MFT__STRIDE + i;
+            a->strip(&x);
+        }
+    }
+}
+
+/* What each row of a list sees, and of all of them together. Lanes past n see everything: nothing leaves them. */
+typedef struct MFT__FN(seen) { int32_t first[MFT__SEEN_TILE], end[MFT__SEEN_TILE], all_first, all_end, some_first, some_end; } MFT__FN(seen);     /* more than there are lanes */
+
+MFT__BODY void MFT__FN(seen_of)(MFT__FN(seen) *x, const mft__attention_job *a, int64_t b, int64_t r0, int64_t n)
+{
+    int64_t i;
+    x->some_first = 0x7fffffff; x->some_end = 0;                /* of those that see anything */
+    x->all_first  = 0; x->all_end = 0x7fffffff;
+    for (i = 0; i < MFT__SEEN_TILE; i++) {
+        x->first[i] = 0; x->end[i] = 0x7fffffff;
+        if (i >= n) continue;
+        mft__visible(a, b, (r0 + i) / a->G, &x->first[i], &x->end[i]);
+        if (x->first[i] > x->all_first) x->all_first = x->first[i];
+        if (x->end[i]   < x->all_end)   x->all_end   = x->end[i];
+        if (x->first[i] == x->end[i]) continue;
+        if (x->first[i] < x->some_first) x->some_first = x->first[i];
+        if (x->end[i]   > x->some_end)   x->some_end   = x->end[i];
+    }
+}
+
+/* past the cap:  c tanh(s / c) */
+MFT__HELP MFT__V MFT__FN(capped)(const mft__attention_job *a, MFT__V s)
+{
+    if (a->softcap > 0) s = MFT__SET1(a->softcap) * MFT__FN(tanh)(s / MFT__SET1(a->softcap));
+    return s;
+}
+
+/* Scores of keys [begin, end) of the tile to weights e^(s - m); high and sum run on, and fade says by what
+ * earlier sums shrink. -infinity where a key is not seen; a NaN passes the maximum by and comes out in the sum. */
+MFT__HELP void MFT__FN(tile_weights)(const mft__attention_job *a, float *tile, int64_t key, int64_t begin, int64_t end, int64_t lanes,
+                                     const MFT__FN(seen) *seen, int whole, float *high, float *sum, float *fade)
+{
+    enum { LANES = MFT__P * MFT__W };
+    MFT__V  none = MFT__SET1(-INFINITY), zero = MFT__SET1(0.0f), m[4], l[4], v, shift, f;
+    int64_t i, j, q;
+    for (j = 0; j < lanes; j += MFT__W) {
+        MFT__I first, last;
+        memcpy(&first, seen->first + j, sizeof first); memcpy(&last, seen->end + j, sizeof last);
+        m[0] = MFT__LOAD(high + j); m[1] = m[2] = m[3] = none;                  /* four at once: a comparison takes its time */
+        for (i = begin; i < end; i += 4) {
+            MFT__UNROLL
+            for (q = 0; q < 4; q++) if (i + q < end) {
+                float *t = tile + (i + q) * LANES + j;
+                v = MFT__LOAD(t);
+                if (a->softcap > 0) v = MFT__FN(capped)(a, v);
+                if (!whole) { MFT__I s = first - first + (int32_t)(key + i + q); v = MFT__FN(select)((s >= first) & (s < last), v, none); }
+                if (a->softcap > 0 || !whole) MFT__STORE(t, v);
+                m[q] = MFT__FN(select)(v > m[q], v, m[q]);
+            }
+        }
+        m[0] = MFT__FN(select)(m[1] > m[0], m[1], m[0]);
+        m[2] = MFT__FN(select)(m[3] > m[2], m[3], m[2]);
+        m[0] = MFT__FN(select)(m[2] > m[0], m[2], m[0]);
+        shift = MFT__FN(select)(m[0] == none, zero, m[0]);
+        f = MFT__FN(exp)(MFT__LOAD(high + j) - shift);
+        for (q = 0; q < 4; q++) l[q] = zero;
+        for (i = begin; i < end; i += 4) {
+            MFT__UNROLL
+            for (q = 0; q < 4; q++) if (i + q < end) {
+                float *t = tile + (i + q) * LANES + j;
+                v = MFT__FN(exp)(MFT__LOAD(t) - shift);
+                l[q] += v;
+                MFT__STORE(t, v);
+            }
+        }
+        MFT__STORE(fade + j, f);
+        MFT__STORE(high + j, m[0]);
+        MFT__STORE(sum + j, MFT__FMA(MFT__LOAD(sum + j), f, (l[0] + l[1]) + (l[2] + l[3])));
+    }
+}
+
+/* p = e^(s - lse) and ds = p (dp - delta), through the cap; 0 of a key not seen */
+MFT__HELP void MFT__FN(pair)(const mft__attention_job *a, MFT__V *s, MFT__V *dp, MFT__V lse, MFT__V delta, int whole, MFT__I seen)
+{
+    MFT__V zero = MFT__SET1(0.0f), one = MFT__SET1(1.0f), c = MFT__FN(capped)(a, *s), p = MFT__FN(exp)(c - lse), ds = p * (*dp - delta);
+    if (a->softcap > 0) { c = c / MFT__SET1(a->softcap); ds *= one - c * c; }
+    if (!whole) { p = MFT__FN(select)(seen, p, zero); ds = MFT__FN(select)(seen, ds, zero); }
+    *s = p; *dp = ds;
+}
+
+/* Which block, of which sequence and key head: the longest causal ones first. */
+MFT__HELP void MFT__FN(attention_block)(const mft__attention_job *a, int64_t i, int last_first, int64_t *b, int64_t *kv, int64_t *r0)
+{
+    int64_t block = i / (a->B * a->n_kv_head);
+    if (last_first) block = a->blocks - 1 - block;
+    *r0 = block * MFT__ATT_PANELS * MFT__P * MFT__W;
+    *b  = i / a->n_kv_head % a->B;
+    *kv = i % a->n_kv_head;
+}
+
+MFT__BODY void MFT__FN(attention)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    enum { LANES = MFT__P * MFT__W, N = MFT__ATT_PANELS };
+    const mft__attention_job *a = (const mft__attention_job *)arg;
+    int64_t size = mft__round_up(a->D, MFT__TILE_ROWS) * LANES, rows = a->T * a->G, b, kv, r0, s, i, n[N], lo, hi, first, last, c;
+    float  *q = (float *)(void *)(a->scratch + (size_t)worker * a->scratch_bytes), *out = q + N * size, *tile = out + N * size;
+    float  *k = tile + LANES * (int64_t)MFT__SEEN_TILE, *v = k + (1 + (a->D - 1) / MFT__KC) * MFT__COPY;
+    float   high[N][LANES], sum[N][LANES], fade[LANES];
+    MFT__FN(seen) seen[N];
+    int     x, j, faded;
+    for (; begin < end; begin++) {
+        MFT__FN(attention_block)(a, begin, 1, &b, &kv, &r0);
+        first = a->S; last = 0;
+        for (x = 0; x < N; x++) {
+            n[x] = mft__max64(0, mft__min64(LANES, rows - r0 - x * LANES));
+            MFT__FN(seen_of)(&seen[x], a, b, r0 + x * LANES, n[x]);
+            first = mft__min64(first, seen[x].some_first);
+            last  = mft__max64(last,  seen[x].some_end);
+            for (j = 0; j < LANES; j++) { high[x][j] = -INFINITY; sum[x][j] = 0; }
+            if (n[x]) MFT__FN(panel_of)(q + x * size, a, &a->q, a->G, b, kv, r0 + x * LANES, n[x], a->scale);
+            memset(out + x * size, 0, sizeof(float) * (size_t)size);
+        }
+        for (s = first; s < last; s += MFT__SEEN_TILE) {
+            c = mft__min64(last - s, MFT__SEEN_TILE);
+            MFT__FN(copy_of)(k, a, &a->k, 1, b, kv, s, c, 1);
+            MFT__FN(copy_of)(v, a, &a->v, 1, b, kv, s, c, 1);
+            for (x = 0; x < N; x++) {
+                lo = mft__max64(seen[x].some_first - s, 0); hi = mft__min64(seen[x].some_end - s, c);
+                if (!n[x] || lo >= hi) continue;
+                MFT__FN(tile_scores)(a, tile, k, q + x * size, n[x], lo, hi);
+                if (s + lo >= seen[x].all_first && s + hi <= seen[x].all_end)
+                     MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 1, high[x], sum[x], fade);
+                else MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 0, high[x], sum[x], fade);
+                for (faded = 0, j = 0; j < n[x]; j++) faded |= fade[j] != 1;
+                for (i = 0; faded && i < a->D; i++) for (j = 0; j < n[x]; j += MFT__W) {
+                    float *o = out + x * size + i * LANES + j;
+                    MFT__STORE(o, MFT__LOAD(o) * MFT__LOAD(fade + j));
+                }
+                MFT__FN(tile_spread)(a, out + x * size, v, tile, n[x], lo, hi);
+            }
+        }
+        for (x = 0; x < N; x++) {
+            for (j = 0; j < n[x]; j++) {
+                int64_t r = r0 + x * LANES + j;
+                if (a->lse) a->lse[((b * a->n_kv_head + kv) * a->G + r % a->G) * a->T + r / a->G] = high[x][j] + logf(sum[x][j]);
+                sum[x][j] = seen[x].first[j] < seen[x].end[j] ? 1 / sum[x][j] : 0;         /* no key at all: zeros */
+            }
+            MFT__FN(panel_out)(out + x * size, a, &a->out, a->G, b, kv, r0 + x * LANES, n[x], sum[x], 0);
+        }
+    }
+}
+
+MFT__BODY void MFT__FN(attention_dq)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    enum { LANES = MFT__P * MFT__W, N = MFT__ATT_PANELS };
+    const mft__attention_job *a = (const mft__attention_job *)arg;
+    int64_t size = mft__round_up(a->D, MFT__TILE_ROWS) * LANES, rows = a->T * a->G, b, kv, r0, s, i, j, n[N], lo, hi, first, last, c;
+    float  *q = (float *)(void *)(a->scratch + (size_t)worker * a->scratch_bytes), *dout = q + N * size, *dq = dout + N * size;
+    float  *tile = dq + N * size, *dtile = tile + LANES * (int64_t)MFT__SEEN_TILE, *k = dtile + LANES * (int64_t)MFT__SEEN_TILE;
+    float  *v = k + (1 + (a->D - 1) / MFT__KC) * MFT__COPY;
+    float   lse[N][LANES], delta[N][LANES], scale[LANES];
+    MFT__FN(seen) seen[N];
+    int     x;
+    for (j = 0; j < LANES; j++) scale[j] = a->scale;
+    for (; begin < end; begin++) {
+        MFT__FN(attention_block)(a, begin, 1, &b, &kv, &r0);
+        first = a->S; last = 0;
+        for (x = 0; x < N; x++) {
+            n[x] = mft__max64(0, mft__min64(LANES, rows - r0 - x * LANES));
+            MFT__FN(seen_of)(&seen[x], a, b, r0 + x * LANES, n[x]);
+            first = mft__min64(first, seen[x].some_first);
+            last  = mft__max64(last,  seen[x].some_end);
+            for (j = 0; j < LANES; j++) {
+                int64_t r = r0 + x * LANES + j, at = ((b * a->n_kv_head + kv) * a->G + r % a->G) * a->T + r / a->G;
+                lse[x][j] = delta[x][j] = 0;
+                if (j >= n[x]) continue;
+                lse[x][j] = a->lse[at];
+                delta[x][j] = a->delta[at] = MFT__FN(dot)(mft__head(&a->dout, a->G, b, kv, r), mft__head(&a->out, a->G, b, kv, r), a->D);
+            }
+            if (!n[x] || !a->dq.p) continue;
+            MFT__FN(panel_of)(q    + x * size, a, &a->q,    a->G, b, kv, r0 + x * LANES, n[x], a->scale);
+            MFT__FN(panel_of)(dout + x * size, a, &a->dout, a->G, b, kv, r0 + x * LANES, n[x], 1);
+            memset(dq + x * size, 0, sizeof(float) * (size_t)size);
+        }
+        if (!a->dq.p) continue;
+        for (s = first; s < last; s += MFT__SEEN_TILE) {
+            c = mft__min64(last - s, MFT__SEEN_TILE);
+            MFT__FN(copy_of)(k, a, &a->k, 1, b, kv, s, c, 1);
+            MFT__FN(copy_of)(v, a, &a->v, 1, b, kv, s, c, 1);
+            for (x = 0; x < N; x++) {
+                int whole;
+                lo = mft__max64(seen[x].some_first - s, 0); hi = mft__min64(seen[x].some_end - s, c);
+                if (!n[x] || lo >= hi) continue;
+                whole = s + lo >= seen[x].all_first && s + hi <= seen[x].all_end;
+                MFT__FN(tile_scores)(a, tile,  k, q    + x * size, n[x], lo, hi);
+                MFT__FN(tile_scores)(a, dtile, v, dout + x * size, n[x], lo, hi);
+                for (j = 0; j < n[x]; j += MFT__W) {
+                    MFT__V l = MFT__LOAD(lse[x] + j), d = MFT__LOAD(delta[x] + j), p, ds;
+                    MFT__I from, to, key;
+                    memcpy(&from, seen[x].first + j, sizeof from); memcpy(&to, seen[x].end + j, sizeof to);
+                    for (i = lo; i < hi; i++) {
+                        p  = MFT__LOAD(tile  + i * LANES + j);
+                        ds = MFT__LOAD(dtile + i * LANES + j);
+                        key = from - from + (int32_t)(s + i);
+                        if (whole) MFT__FN(pair)(a, &p, &ds, l, d, 1, key);
+                        else       MFT__FN(pair)(a, &p, &ds, l, d, 0, (key >= from) & (key < to));
+                        MFT__STORE(dtile + i * LANES + j, ds);
+                    }
+                }
+                MFT__FN(tile_spread)(a, dq + x * size, k, dtile, n[x], lo, hi);
+            }
+        }
+        for (x = 0; x < N; x++) MFT__FN(panel_out)(dq + x * size, a, &a->dq, a->G, b, kv, r0 + x * LANES, n[x], scale, a->add_q);
+    }
+}
+
+MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    enum { LANES = MFT__P * MFT__W, N = MFT__ATT_PANELS };
+    const mft__attention_job *a = (const mft__attention_job *)arg;
+    int64_t size = mft__round_up(a->D, MFT__TILE_ROWS) * LANES, b, kv, k0, r, i, j, n[N], lo, hi, row_end, c;
+    float  *k = (float *)(void *)(a->scratch + (size_t)worker * a->scratch_bytes), *v = k + N * size, *dk = v + N * size, *dv = dk + N * size;
+    float  *tile = dv + N * size, *dtile = tile + LANES * (int64_t)MFT__SEEN_TILE, *q = dtile + LANES * (int64_t)MFT__SEEN_TILE;
+    float  *dout = q + (1 + (a->D - 1) / MFT__KC) * MFT__COPY;
+    float   lse[MFT__SEEN_TILE], delta[MFT__SEEN_TILE], one[LANES];
+    MFT__FN(seen) seen;
+    MFT__I  lane;
+    int     x;
+    for (j = 0; j < LANES; j++) one[j] = 1;
+    for (j = 0; j < MFT__W; j++) lane[j] = (int32_t)j;
+    for (; begin < end; begin++) {
+        MFT__FN(attention_block)(a, begin, 0, &b, &kv, &k0);
+        for (x = 0; x < N; x++) {
+            n[x] = mft__max64(0, mft__min64(LANES, a->S - k0 - x * LANES));
+            if (!n[x]) continue;
+            MFT__FN(panel_of)(k + x * size, a, &a->k, 1, b, kv, k0 + x * LANES, n[x], 1);
+            MFT__FN(panel_of)(v + x * size, a, &a->v, 1, b, kv, k0 + x * LANES, n[x], 1);
+        }
+        memset(dk, 0, sizeof(float) * (size_t)(2 * N * size));
+        r       = mft__max64(0, k0 - (a->S - a->T)) * a->G;     /* queries before see none of these keys, nor do those past the window */
+        row_end = a->T * a->G;
+        if (a->window > 0) row_end = mft__min64(row_end, mft__max64(0, k0 + N * LANES - 1 + a->window - (a->S - a->T)) * a->G);
+        for (; r < row_end; r += MFT__SEEN_TILE) {
+            c = mft__min64(row_end - r, MFT__SEEN_TILE);
+            MFT__FN(seen_of)(&seen, a, b, r, c);
+            if (seen.some_first >= k0 + N * LANES || seen.some_end <= k0) continue;
+            MFT__FN(copy_of)(q,    a, &a->q,    a->G, b, kv, r, c, a->scale);
+            MFT__FN(copy_of)(dout, a, &a->dout, a->G, b, kv, r, c, 1);
+            for (i = 0; i < c; i++) {
+                int64_t at = ((b * a->n_kv_head + kv) * a->G + (r + i) % a->G) * a->T + (r + i) / a->G;
+                lse[i] = a->lse[at]; delta[i] = a->delta[at];
+            }
+            for (x = 0; x < N; x++) {
+                int64_t key = k0 + x * LANES;
+                int     whole = seen.all_first <= key && seen.all_end >= key + n[x];
+                for (lo = 0; lo < c  && (seen.end[lo]     <= key || seen.first[lo]     >= key + n[x]); lo++) { }
+                for (hi = c; hi > lo && (seen.end[hi - 1] <= key || seen.first[hi - 1] >= key + n[x]); hi--) { }
+                if (!n[x] || lo >= hi) continue;
+                MFT__FN(tile_scores)(a, tile,  q,    k + x * size, n[x], lo, hi);
+                MFT__FN(tile_scores)(a, dtile, dout, v + x * size, n[x], lo, hi);
+                for (i = lo; i < hi; i++) for (j = 0; j < n[x]; j += MFT__W) {
+                    MFT__V p = MFT__LOAD(tile + i * LANES + j), ds = MFT__LOAD(dtile + i * LANES + j);
+                    MFT__I s = lane + (int32_t)(key + j);
+                    if (whole) MFT__FN(pair)(a, &p, &ds, MFT__SET1(lse[i]), MFT__SET1(delta[i]), 1, s);
+                    else       MFT__FN(pair)(a, &p, &ds, MFT__SET1(lse[i]), MFT__SET1(delta[i]), 0, (s >= seen.first[i]) & (s < seen.end[i]));
+                    MFT__STORE(tile  + i * LANES + j, p);
+                    MFT__STORE(dtile + i * LANES + j, ds);
+                }
+                if (a->dk.p) MFT__FN(tile_spread)(a, dk + x * size, q,    dtile, n[x], lo, hi);
+                if (a->dv.p) MFT__FN(tile_spread)(a, dv + x * size, dout, tile,  n[x], lo, hi);
+            }
+        }
+        for (x = 0; x < N; x++) {
+            if (a->dk.p) MFT__FN(panel_out)(dk + x * size, a, &a->dk, 1, b, kv, k0 + x * LANES, n[x], one, a->add_k);
+            if (a->dv.p) MFT__FN(panel_out)(dv + x * size, a, &a->dv, 1, b, kv, k0 + x * LANES, n[x], one, a->add_v);
+        }
+    }
+}
+
 #define MFT__STRIP        MFT__FN(strip)
 #define MFT__STRIP_TARGET MFT__TARGET
 #define MFT__STEP         MFT__FMA
@@ -5692,8 +5972,8 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
     enum { LANES = MFT__P * MFT__W };
     int64_t l;
 #define MFT__TILE(h, nv) do {                                                                                                                  \
-        if (x->by_row) MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells);           \
-        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, MFT__H,      x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells); } while (0)
+        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells);           \
+        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells); } while (0)
     for (l = 0; l < x->lanes; l += LANES) {
         const float *v = x->v + l / LANES * x->v_panel;
         int          narrow = x->lanes - l <= MFT__W;

@@ -984,6 +984,8 @@ static void test_attention_long(void)
     c = attention_case("attention, 300 keys, window",    1, 300, 300, 2, 2, 7, 0, 0, 149, NULL);     c.derivative = derivative_attention; c.quick = 1; run_case(&c, 3e-6, 1e-5);
     c = attention_case("attention, 300 keys, documents", 1, 300, 300, 2, 1, 7, 0, 2.5, 0, documents); c.derivative = derivative_attention; c.quick = 1; run_case(&c, 3e-6, 1e-5);
     c = attention_case("attention, 37 of 300 keys",      1, 37, 300, 2, 1, 33, 0, 0, 0, NULL);       c.derivative = derivative_attention; c.quick = 1; run_case(&c, 3e-6, 1e-5);
+    c = attention_case("attention, 90 queries of a group", 2, 90, 101, 6, 2, 20, 0, 0, 40, NULL);    c.derivative = derivative_attention; c.quick = 1; run_case(&c, 3e-6, 1e-5);
+    c = attention_case("attention, D 300",               1, 75, 75, 2, 1, 300, 0, 0, 0, NULL);       c.derivative = derivative_attention; c.quick = 1; run_case(&c, 5e-6, 2e-5);
     c = attention_case("attention, scores to 60",        1, 160, 160, 2, 1, 7, 8, 0, 0, NULL);       c.derivative = derivative_attention; c.quick = 1; run_case(&c, 1e-5, 5e-5);
 }
 
@@ -1267,13 +1269,13 @@ static void test_adapter_dropout(void)
 /* ---- more elements than a piece of work, any number of threads: the same bits ---- */
 static void test_threads_same_bits(void)
 {
-    static float results[3][3];
-    int64_t sx[2] = { 131, 1031 }, sw[2] = { 67, 1031 }, sv[1] = { 1031 };
+    static float results[5];
+    int64_t sx[2] = { 131, 1031 }, sw[2] = { 68, 1031 }, sv[1] = { 1031 }, heads[4] = { 1, 131, 4, 17 };
     int     threads, i, k, row;
     const char *name;
     for (row = 0; (name = mft_kernels_available(row)) != NULL; row++) {
-        uint64_t hash[4] = { 0, 0, 0, 0 };
-        for (threads = 1; threads <= 3; threads++) {
+        uint64_t hash[6] = { 0, 0, 0, 0, 0, 0 };
+        for (threads = 1; threads <= 5; threads += threads == 3 ? 2 : 1) {
             mft_context_desc d;
             mft_context *ctx;
             mft_tensor  *x, *w, *v, *y;
@@ -1283,18 +1285,20 @@ static void test_threads_same_bits(void)
             CHECK(mft_context_create(&d, &ctx) == MFT_OK);
             x = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 2, sx); w = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 2, sw); v = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, sv);
             for (i = 0; i < 131 * 1031; i++) ((float *)x->data)[i] = test_random(&seed);
-            for (i = 0; i < 67 * 1031; i++) ((float *)w->data)[i] = test_random(&seed) * 0.1f;
+            for (i = 0; i < 68 * 1031; i++) ((float *)w->data)[i] = test_random(&seed) * 0.1f;
             for (i = 0; i < 1031; i++) ((float *)v->data)[i] = test_random(&seed);
             x->trainable = w->trainable = v->trainable = 1;
             y = mft_linear(ctx, mft_dropout(ctx, mft_silu(ctx, mft_rms_norm(ctx, mft_add(ctx, x, v), v, 0, 1e-6f)), 0.1f), w, NULL);
+            y = mft_reshape(ctx, y, 4, heads);
+            y = mft_attention(ctx, y, mft_slice(ctx, y, 2, 0, 2), mft_slice(ctx, y, 2, 2, 4), NULL);
             y = mft_mean(ctx, mft_mul(ctx, mft_softmax(ctx, y), y));
             CHECK(mft_backward(ctx, y) == MFT_OK);
-            results[threads - 1][0] = mft_tensor_item(y);
+            results[threads - 1] = mft_tensor_item(y);
             for (k = 0; k < 3; k++) {
                 mft_tensor *g = k == 0 ? x : k == 1 ? w : v;
                 for (i = 0; i < (int)mft_tensor_numel(g); i++) hash[threads] = hash[threads] * 1099511628211u + mft__float_to_bits(((float *)g->grad->data)[i]);
             }
-            CHECK(hash[threads] == hash[1] && memcmp(&results[0][0], &results[threads - 1][0], 4) == 0);
+            CHECK(hash[threads] == hash[1] && memcmp(&results[0], &results[threads - 1], 4) == 0);
             mft_context_destroy(ctx);
         }
     }
