@@ -19,7 +19,7 @@
  *           labels: input_ids again, -100 where no loss is wanted; the shift by one is in the loss
  * ROOMS     search for a tag; it stands over the declarations and over the code:
  *           [UNICODE] [TOKENIZER] [CHAT] [DATASET] [CONFIG-JSON] [FAMILIES] [WEIGHTS] [MODEL]
- *           [REGEX] [ADAPTER] [TRAINER] [CHECKPOINT] [EVALUATE] [GENERATE]
+ *           [REGEX] [ADAPTER] [TRAINER] [CHECKPOINT] [EVALUATE] [GENERATE] [EXAM]
  * LICENSE   MIT, full text at the end of mft.h */
 #ifndef MFT_MODELS_H
 #define MFT_MODELS_H
@@ -567,6 +567,10 @@ MFT_API mft_status mft_trainer_resume (mft_trainer *tr, const char *dir);
  * earlier window held, never its own first (Transformers' guide "Perplexity of fixed-length models").
  * stride 0: seq_len. ids [n]. The mean is over all scored tokens. fails: n < 2, an id out of range */
 MFT_API mft_status mft_perplexity(mft_model *model, const int32_t *ids, int64_t n, int seq_len, int stride, mft_eval *out);
+/* The same in parts, for mft_compare: on_part gets each forward pass's sum of losses and count of scored tokens. The
+ * passes are the same for any adapter. */
+MFT_API mft_status mft_perplexity_parts(mft_model *model, const int32_t *ids, int64_t n, int seq_len, int stride,
+                                        void (*on_part)(void *user, double loss_sum, int64_t n_tokens), void *user, mft_eval *out);
 
 /* ==============================================================================
  * MARK: - [GENERATE] One token after the other
@@ -589,6 +593,86 @@ typedef struct mft_generate_desc {
  * returns the number of new tokens; negative: an mft_status */
 MFT_API int64_t mft_generate(mft_model *model, const int32_t *prompt, int64_t n_prompt,
                              const mft_generate_desc *desc, int32_t *out_ids, int64_t cap);
+
+/* ==============================================================================
+ * MARK: - [EXAM] Questions with known answers
+ *
+ *   in    a file of prompts with answers, or MMLU's directory; a model
+ *   out   per question: how likely the answer is, which choice is likeliest, what the model says by itself
+ *   rule  prompts are rendered as [DATASET] renders them for training, to the byte
+ * ============================================================================== */
+
+/* ln P(continuation | prompt) of n continuations, in nats, summed over each one's tokens. The prompt is read once; keys
+ * and values are kept for the call. prompt [n_prompt], n_prompt >= 1; continuations[i] [lengths[i]], lengths >= 1;
+ * out [n]. fails  INVALID_ARGUMENT: an id outside the vocabulary, more tokens than the model has positions */
+MFT_API mft_status mft_log_likelihood(mft_model *model, const int32_t *prompt, int64_t n_prompt, const int32_t *const *continuations,
+                                      const int64_t *lengths, int n, double *out);
+
+enum { MFT_MAX_CHOICES = 32 };              /* of one question */
+
+typedef struct mft_exam mft_exam;           /* held */
+
+typedef struct mft_exam_desc {              /* strings are copied */
+    const mft_dataset_desc *data;           /* how lines are read: keys, chat_template, skip_bad_lines     [defaults]  */
+    const char *choices;                    /* "yes,no,maybe": what each answer is one of  [the line's own "choices"]  */
+    const char *split;                      /* MMLU: "dev", "val" or "test"                                [test]      */
+    const char *subject;                    /* MMLU: only this one, as its file is called                  [all]       */
+    int         n_shot;                     /* MMLU: worked examples of the subject before each question, from dev/ [0] */
+} mft_exam_desc;
+
+/* path  a directory with MMLU's dev/ val/ test/, one of its CSV files (n_shot 0), or a file of JSONL.
+ *
+ * MMLU is asked as Hendrycks et al. 2021 do: "The following are multiple choice questions (with answers) about
+ * SUBJECT.\n\n", the examples, each with its answer and a blank line, the question up to "Answer:"; the choices are
+ * " A" to " D".
+ *
+ * A JSONL line is one that [DATASET] learns a completion from: prompt and completion; instruction, input and output;
+ * messages, of which the last assistant turn is asked for. The expected answer is its "answer", a string, else the
+ * completion. A line with "choices", strings, or all if the desc has some, is a question to choose: its "answer" must be
+ * one of them, or the index of one; each begins with the white space that the completion begins with.
+ * fails  IO; FORMAT with file and line; INVALID_ARGUMENT: no such subject, fewer examples than n_shot */
+MFT_API mft_status mft_exam_load   (mft_context *ctx, const struct mft_tokenizer *tok, const char *path, const mft_exam_desc *desc, mft_exam **out);
+MFT_API void       mft_exam_destroy(mft_exam *exam);                    /* NULL does nothing */
+MFT_API int64_t    mft_exam_size   (const mft_exam *exam);
+
+typedef struct mft_question {               /* borrowed from the exam */
+    const char *subject;                    /* MMLU: as its file is called; else ""                     */
+    const char *prompt;                     /* without worked examples                                  */
+    const char *reference;                  /* what training would have taught to follow it             */
+    const char *expected;                   /* the answer in short, no white space around it            */
+    int         n_choices, answer;          /* 0, -1: an open question                                  */
+    const char *choices[MFT_MAX_CHOICES];   /* as they follow the prompt                                */
+} mft_question;
+MFT_API mft_status mft_exam_question(const mft_exam *exam, int64_t index, mft_question *out);
+
+typedef struct mft_answer {
+    double  log_likelihood;                 /* ln P(reference | prompt), nats                           */
+    int64_t n_tokens;                       /* of the reference                                         */
+    int     choice;                         /* the likeliest; -1: nothing to choose from                */
+    double  choices[MFT_MAX_CHOICES];       /* ln P(choice | prompt)                                    */
+    int     exact;                          /* greedy text, without white space around it, is the expected answer; -1: not asked */
+    int     n_shot;                         /* worked examples that had room                            */
+    int64_t n_cut;                          /* tokens of the prompt's beginning that had none           */
+} mft_answer;
+
+/* Asks the model, with the adapter that is active. max_new_tokens > 0: also greedy, up to the end-of-sequence token or,
+ * if the expected answer is one line, that line's end. What is longer than the model's positions loses its last worked
+ * examples, then the beginning of its prompt. Texts are encoded whole, prompt and answer in one; a token across their
+ * border counts to the answer.
+ * checked  tests/oracle/test_eval.py: the same recipe in Transformers, question by question */
+MFT_API mft_status mft_exam_ask    (mft_exam *exam, int64_t index, mft_model *model, int max_new_tokens, mft_answer *out);
+
+/* Two models on the same n items, such as base and adapter on the same questions. */
+typedef struct mft_comparison {
+    double  base, other, difference;        /* weighted means; other - base                             */
+    double  low, high;                      /* 95 % confidence interval of the difference               */
+    int64_t n;
+} mft_comparison;
+/* base, other [n]: a sum per item (a loss, or 1 for a right answer); weights [n]: what it is a sum over (tokens; NULL: 1).
+ *   difference = sum(other - base) / sum(weights) = r;   interval  r +- 1.96 s,
+ *   s^2 = n / (n - 1) * sum((other_i - base_i - r weights_i)^2) / sum(weights)^2
+ * the normal approximation for paired items (of a ratio, by linearization); NaN bounds when n < 2. */
+MFT_API void       mft_compare     (const double *base, const double *other, const double *weights, int64_t n, mft_comparison *out);
 
 #endif /* MFT_MODELS_H */
 
@@ -7736,6 +7820,7 @@ typedef struct mft__corpus {
     size_t           cap_part;
     char            *text;                  /* a prompt with its completion                              */
     size_t           n_text, cap_text;
+    size_t           n_prompt;              /* bytes of it before the completion                         */
     mft__chat_text   rendered;              /* a conversation                                            */
     char            *line;                  /* of a file                                                 */
     size_t           cap_line;
@@ -8098,6 +8183,7 @@ static mft_status mft__doc_completion(mft__corpus *c, size_t n_prompt)
 {
     mft_chat_span span;
     mft_status    s;
+    c->n_prompt = n_prompt;
     span.begin = (int64_t)n_prompt; span.end = (int64_t)c->n_text;
     s = mft__doc_spans(c, c->text, c->n_text, 0, &span, 1);
     return s == MFT_OK && !c->desc.no_eos ? mft__doc_eos(c) : s;
@@ -12803,6 +12889,12 @@ enum { MFT__EVAL_TOKENS = 1024 };
 
 MFT_API mft_status mft_perplexity(mft_model *model, const int32_t *ids, int64_t n, int seq_len, int stride, mft_eval *out)
 {
+    return mft_perplexity_parts(model, ids, n, seq_len, stride, NULL, NULL, out);
+}
+
+MFT_API mft_status mft_perplexity_parts(mft_model *model, const int32_t *ids, int64_t n, int seq_len, int stride,
+                                        void (*on_part)(void *user, double loss_sum, int64_t n_tokens), void *user, mft_eval *out)
+{
     mft_context *ctx;
     mft_batch    b;
     int32_t     *input, *labels;
@@ -12822,7 +12914,8 @@ MFT_API mft_status mft_perplexity(mft_model *model, const int32_t *ids, int64_t 
     labels = (int32_t *)mft__alloc(ctx, bytes);
     if (!input || !labels) s = MFT_ERR_OUT_OF_MEMORY;
     while (s == MFT_OK && scored < n) {
-        int64_t rows = 0, length = mft__min(seq_len, n - begin), i;
+        int64_t rows = 0, length = mft__min(seq_len, n - begin), i, before = count;
+        double  sum_before = sum;
         while (rows < most && scored < n && mft__min(seq_len, n - begin) == length) {      /* windows of one length go together */
             for (i = 0; i < length; i++) {
                 input [rows * length + i] = ids[begin + i];
@@ -12835,6 +12928,7 @@ MFT_API mft_status mft_perplexity(mft_model *model, const int32_t *ids, int64_t 
         memset(&b, 0, sizeof b);
         b.input_ids = input; b.labels = labels; b.batch = (int)rows; b.seq = (int)length;
         s = mft__evaluate_batch(model, &b, &sum, &count);
+        if (s == MFT_OK && on_part) on_part(user, sum - sum_before, count - before);
     }
     if (s == MFT_OK && !count) s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "perplexity: no token is scored");
     if (s == MFT_OK) mft__eval_result(out, sum, count);
@@ -13040,6 +13134,602 @@ done:
     mft__free(ctx, all, (size_t)total * sizeof *all);
     mft__cache_free(model, &cache);
     return s == MFT_OK ? n : (int64_t)s;
+}
+
+/* ==============================================================================
+ * MARK: - [EXAM] Prompts, choices, likelihoods
+ * ============================================================================== */
+
+/* ln P(continuation) behind prompt[0..n), of which all but the last are in the cache. feed: scratch [length]. */
+static mft_status mft__score_text(mft_model *m, mft__kv_cache *cache, int32_t last, const int32_t *continuation, int64_t length, int32_t *feed, double *out)
+{
+    mft_context *ctx = m->ctx;
+    int64_t      at = cache->used;
+    mft_tensor  *x, *loss;
+    mft__input   in;
+    mft_status   s = MFT_OK;
+    int          was = mft_grad_enable(ctx, 0);
+    feed[0] = last;
+    memcpy(feed + 1, continuation, (size_t)(length - 1) * sizeof *feed);
+    memset(&in, 0, sizeof in);
+    in.B = 1; in.T = length; in.positions = mft__count_up(ctx, 1, length, at);
+    x    = in.positions ? mft__hidden(m, feed, in, cache) : NULL;
+    loss = x ? mft_linear_cross_entropy(ctx, x, m->head->t, continuation, 1, (float)m->config.logit_softcap) : NULL;
+    *out = loss ? -(double)mft_tensor_item(loss) : 0;
+    if (ctx->step_status != MFT_OK) s = mft_backward(ctx, NULL);        /* the step's first failure */
+    else if (!(fabs(*out) <= 3.4e38)) s = mft__explain_nonfinite(m, "the log-likelihood");
+    mft_step_reset(ctx);
+    mft_grad_enable(ctx, was);
+    cache->used = at;                                                   /* the next continuation takes its place */
+    return s;
+}
+
+MFT_API mft_status mft_log_likelihood(mft_model *model, const int32_t *prompt, int64_t n_prompt, const int32_t *const *continuations,
+                                      const int64_t *lengths, int n, double *out)
+{
+    mft_context  *ctx;
+    mft__kv_cache cache;
+    int32_t      *feed;
+    int64_t       longest = 0, i, k, total;
+    mft_status    s;
+
+    if (!model || !prompt || !continuations || !lengths || !out || n < 0) return MFT_ERR_INVALID_ARGUMENT;
+    ctx = model->ctx;
+    if (n_prompt < 1) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "a likelihood needs a prompt of at least one token");
+    for (i = 0; i < n; i++) {
+        if (lengths[i] < 1) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "continuation %lld has no token", (long long)i);
+        longest = lengths[i] > longest ? lengths[i] : longest;
+        for (k = 0; k < lengths[i]; k++)
+            if (continuations[i][k] < 0 || continuations[i][k] >= model->config.vocab_size)
+                return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "token %ld is outside the model's vocabulary of %lld", (long)continuations[i][k], (long long)model->config.vocab_size);
+    }
+    if (!n) return MFT_OK;
+    total = n_prompt + longest - 1;
+    if (mft__families[model->config.family].positions && total > model->config.max_position)
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%lld tokens, but the model has %lld positions", (long long)total, (long long)model->config.max_position);
+    if ((s = mft__cache_create(model, total, &cache)) != MFT_OK) return s;
+    feed = (int32_t *)mft__alloc(ctx, (size_t)longest * sizeof *feed);
+    if (!feed) s = MFT_ERR_OUT_OF_MEMORY;
+    for (i = 0; i < n_prompt - 1 && s == MFT_OK; i += MFT__PREFILL_TOKENS)
+        s = mft__read_tokens(model, &cache, prompt + i, mft__min(n_prompt - 1 - i, MFT__PREFILL_TOKENS), NULL);
+    for (i = 0; i < n && s == MFT_OK; i++) s = mft__score_text(model, &cache, prompt[n_prompt - 1], continuations[i], lengths[i], feed, &out[i]);
+    mft__free(ctx, feed, (size_t)longest * sizeof *feed);
+    mft__cache_free(model, &cache);
+    return s;
+}
+
+/* ---- what is asked ---- */
+
+/* Offsets into the exam's text; strings end with a NUL. */
+typedef struct mft__asked {
+    size_t  subject, header, prompt, reference, expected;
+    size_t  choices[MFT_MAX_CHOICES];
+    size_t  shots;                          /* in the exam's shots: n_shot of them                       */
+    int     n_choices, answer, n_shot;
+    int     encode_flags;
+} mft__asked;
+
+struct mft_exam {
+    mft__object      object;
+    mft_context     *ctx;
+    const mft_tokenizer *tok;
+    char            *text;    size_t n_text, cap_text;
+    size_t          *shots;   size_t n_shots, cap_shots;        /* worked examples, as offsets           */
+    mft__asked      *asked;   size_t n_asked, cap_asked;
+};
+
+static void mft__exam_end(void *self)
+{
+    mft_exam    *e = (mft_exam *)self;
+    mft_context *ctx = e->ctx;
+    mft__object_remove(&e->object);
+    mft__free(ctx, e->text, e->cap_text);
+    mft__free(ctx, e->shots, e->cap_shots * sizeof *e->shots);
+    mft__free(ctx, e->asked, e->cap_asked * sizeof *e->asked);
+    mft__free(ctx, e, sizeof *e);
+}
+
+MFT_API void    mft_exam_destroy(mft_exam *exam)    { if (exam) mft__exam_end(exam); }
+MFT_API int64_t mft_exam_size(const mft_exam *exam) { return exam ? (int64_t)exam->n_asked : 0; }
+
+MFT_API mft_status mft_exam_question(const mft_exam *exam, int64_t index, mft_question *out)
+{
+    const mft__asked *q;
+    int               i;
+    if (!exam || !out) return MFT_ERR_INVALID_ARGUMENT;
+    if (index < 0 || index >= (int64_t)exam->n_asked) return mft__fail(exam->ctx, MFT_ERR_INVALID_ARGUMENT, "question %lld of %lld", (long long)index, (long long)exam->n_asked);
+    q = &exam->asked[index];
+    memset(out, 0, sizeof *out);
+    out->subject   = exam->text + q->subject;   out->prompt   = exam->text + q->prompt;
+    out->reference = exam->text + q->reference; out->expected = exam->text + q->expected;
+    out->n_choices = q->n_choices; out->answer = q->answer;
+    for (i = 0; i < q->n_choices; i++) out->choices[i] = exam->text + q->choices[i];
+    return MFT_OK;
+}
+
+/* Keeps two strings as one and tells where; 0 when memory ran out. */
+static int mft__exam_keep(mft_exam *e, const char *a, size_t a_bytes, const char *b, size_t b_bytes, size_t *out_at)
+{
+    void *p = e->text;
+    int   ok = mft__grow(e->ctx, &p, &e->cap_text, e->n_text + a_bytes + b_bytes + 1, 1);
+    e->text = (char *)p;
+    if (!ok) return 0;
+    *out_at = e->n_text;
+    if (a_bytes) memcpy(e->text + e->n_text, a, a_bytes);
+    if (b_bytes) memcpy(e->text + e->n_text + a_bytes, b, b_bytes);
+    e->text[e->n_text + a_bytes + b_bytes] = '\0';
+    e->n_text += a_bytes + b_bytes + 1;
+    return 1;
+}
+
+static int mft__exam_add(mft_exam *e, const mft__asked *q)
+{
+    void *p = e->asked;
+    int   ok = mft__grow(e->ctx, &p, &e->cap_asked, e->n_asked + 1, sizeof *q);
+    e->asked = (mft__asked *)p;
+    if (ok) e->asked[e->n_asked++] = *q;
+    return ok;
+}
+
+static void mft__strip(const char **s, size_t *bytes)
+{
+    while (*bytes && mft__is_blank(*s, 1)) { ++*s; --*bytes; }
+    while (*bytes && mft__is_blank(*s + *bytes - 1, 1)) --*bytes;
+}
+
+/* ---- MMLU ---- */
+
+/* One CSV file: its rows as worked examples (at most `shots`) or, shots negative, as questions with those that are there. */
+static mft_status mft__exam_csv(mft_exam *e, mft__corpus *c, const char *path, const char *subject, int shots, size_t first_shot, int n_shot)
+{
+    mft__source *src = mft__source_add(c, MFT__FROM_MMLU, path);
+    mft__reader  r;
+    mft__asked   q;
+    const char  *line, *body;
+    size_t       bytes, n_prompt, k, header;
+    uint64_t     at;
+    mft_status   s;
+    int          i;
+
+    if (!src) return MFT_ERR_OUT_OF_MEMORY;
+    c->where = src->path; c->where_line = 0;
+    s = mft__source_open(c, c->n_sources - 1);
+    memset(&r, 0, sizeof r);
+    memset(&q, 0, sizeof q);
+    r.next_line = 1; r.quotes = 1;
+    q.n_choices = 4; q.shots = first_shot; q.n_shot = n_shot;
+    if (s == MFT_OK && shots < 0 && !mft__exam_keep(e, subject, strlen(subject), "", 0, &q.subject)) s = MFT_ERR_OUT_OF_MEMORY;
+    while (s == MFT_OK && shots != 0) {
+        c->where_line = r.next_line;
+        s = mft__reader_next(c, &r, &line, &bytes, &at);
+        c->where_line = r.line;
+        if (s != MFT_OK || !line) break;
+        if (mft__is_blank(line, bytes)) continue;
+        if ((s = mft__data_utf8(c, line, bytes, r.line)) != MFT_OK || (s = mft__line_mmlu_text(c, line, bytes, &n_prompt)) != MFT_OK) break;
+        if (!n_prompt) continue;                                /* a header */
+        for (header = 0; header + 2 < c->n_text && memcmp(c->text + header, ".\n\n", 3) != 0; header++) {}
+        header += 3;                                            /* a file's name holds no line end */
+        body = c->text + header;
+        if (shots > 0) {
+            void *p = e->shots;
+            int   ok = mft__grow(e->ctx, &p, &e->cap_shots, e->n_shots + 1, sizeof *e->shots);
+            e->shots = (size_t *)p;
+            if (!ok || !mft__exam_keep(e, body, c->n_text - header, "\n\n", 2, &k)) { s = MFT_ERR_OUT_OF_MEMORY; break; }
+            e->shots[e->n_shots++] = k;
+            shots--;
+            continue;
+        }
+        q.answer = c->text[n_prompt + 1] - 'A';
+        if (!mft__exam_keep(e, c->text, header, "", 0, &q.header) || !mft__exam_keep(e, body, n_prompt - header, "", 0, &q.prompt)
+            || !mft__exam_keep(e, c->text + n_prompt, 2, "", 0, &q.reference)) { s = MFT_ERR_OUT_OF_MEMORY; break; }
+        q.expected = q.reference + 1;
+        for (i = 0; i < 4 && s == MFT_OK; i++) {
+            char letter = (char)('A' + i);
+            if (!mft__exam_keep(e, " ", 1, &letter, 1, &q.choices[i])) s = MFT_ERR_OUT_OF_MEMORY;
+        }
+        if (s == MFT_OK && !mft__exam_add(e, &q)) s = MFT_ERR_OUT_OF_MEMORY;
+    }
+    if (s == MFT_OK && shots > 0) s = mft__fail(e->ctx, MFT_ERR_INVALID_ARGUMENT, "%s has %d worked examples fewer than are to be shown", mft__path(path), shots);
+    c->where = NULL;
+    return s;
+}
+
+/* "anatomy" of "anatomy_test.csv"; freed with mft__strfree. */
+static char *mft__mmlu_subject(mft_context *ctx, const char *file)
+{
+    static const char *const ends[] = { ".csv", "_dev", "_val", "_test" };
+    char  *name = mft__strdup(ctx, file), *copy;
+    size_t n = strlen(file), i;
+    for (i = 0; name && i < 4; i++) {
+        size_t len = strlen(ends[i]);
+        if (n > len && memcmp(name + n - len, ends[i], len) == 0) { n -= len; name[n] = '\0'; }
+    }
+    copy = name ? mft__strdup(ctx, name) : NULL;                /* of its own length, as strfree wants it */
+    if (name) mft__free(ctx, name, strlen(file) + 1);
+    return copy;
+}
+
+static mft_status mft__exam_mmlu_subject(mft_exam *e, mft__corpus *c, const char *root, const char *split, const char *file, const char *subject, int n_shot)
+{
+    mft_context *ctx = e->ctx;
+    size_t       first = e->n_shots, bytes = strlen(root) + strlen(split) + strlen(subject) + strlen(file) + 16;
+    char        *path = (char *)mft__alloc(ctx, bytes);
+    mft_status   s = path ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+    if (s == MFT_OK && n_shot) {
+        snprintf(path, bytes, "%s/dev/%s_dev.csv", root, subject);
+        s = mft__exam_csv(e, c, path, subject, n_shot, 0, 0);
+    }
+    if (s == MFT_OK) {
+        snprintf(path, bytes, "%s/%s/%s", root, split, file);
+        s = mft__exam_csv(e, c, path, subject, -1, first, n_shot);
+    }
+    mft__free(ctx, path, bytes);
+    return s;
+}
+
+static mft_status mft__exam_mmlu(mft_exam *e, mft__corpus *c, const char *root, const mft_exam_desc *d)
+{
+    mft_context *ctx = e->ctx;
+    const char  *split = d->split ? d->split : "test";
+    char        *dir, **names = NULL;
+    size_t       i, n = 0;
+    mft_status   s;
+    if (strcmp(split, "dev") != 0 && strcmp(split, "val") != 0 && strcmp(split, "test") != 0)
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "split is '%.40s', not dev, val or test", split);
+    if (!(dir = mft__path_join(ctx, root, split))) return MFT_ERR_OUT_OF_MEMORY;
+    s = mft__dir_list(ctx, dir, ".csv", &names, &n);
+    for (i = 0; i < n && s == MFT_OK; i++) {
+        char *subject = mft__mmlu_subject(ctx, names[i]);
+        if (!subject) s = MFT_ERR_OUT_OF_MEMORY;
+        else if (!d->subject || strcmp(d->subject, subject) == 0) s = mft__exam_mmlu_subject(e, c, root, split, names[i], subject, d->n_shot);
+        mft__strfree(ctx, subject);
+    }
+    if (s == MFT_OK && !e->n_asked)
+        s = d->subject ? mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: no questions about '%.80s'", mft__path(dir), d->subject)
+                       : mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: no CSV file with questions", mft__path(dir));
+    mft__dir_list_free(ctx, names, n);
+    mft__strfree(ctx, dir);
+    return s;
+}
+
+/* ---- JSONL ---- */
+
+/* Adds the next choice, with the white space the completion begins with. */
+static mft_status mft__exam_choice(mft_exam *e, mft__corpus *c, mft__asked *q, const char *space, size_t n_space, const char *choice, size_t bytes)
+{
+    mft__strip(&choice, &bytes);
+    if (!bytes) return mft__data_fail(c, MFT_ERR_FORMAT, "choice %d is empty", q->n_choices + 1);
+    if (q->n_choices == MFT_MAX_CHOICES) return mft__data_fail(c, MFT_ERR_UNSUPPORTED, "more than %d choices", (int)MFT_MAX_CHOICES);
+    return mft__exam_keep(e, space, n_space, choice, bytes, &q->choices[q->n_choices++]) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+static mft_status mft__exam_choices(mft_exam *e, mft__corpus *c, const mft_json *o, const char *fixed, const char *space, size_t n_space, mft__asked *q)
+{
+    const mft_json *list = mft_json_get(o, "choices"), *item;
+    mft_status      s = MFT_OK;
+    size_t          i, bytes;
+    q->n_choices = 0;
+    while (fixed && s == MFT_OK) {
+        bytes = strcspn(fixed, ",");
+        s = mft__exam_choice(e, c, q, space, n_space, fixed, bytes);
+        fixed = fixed[bytes] ? fixed + bytes + 1 : NULL;
+        list = NULL;
+    }
+    if (list && mft_json_type(list) != MFT_JSON_ARRAY) return mft__data_fail(c, MFT_ERR_FORMAT, "\"choices\" is %s, not an array", mft__json_kind_name(list));
+    for (i = 0; s == MFT_OK && (item = mft_json_at(list, i, NULL)) != NULL; i++) {
+        const char *text = mft_json_string(item, &bytes);
+        s = text ? mft__exam_choice(e, c, q, space, n_space, text, bytes) : mft__data_fail(c, MFT_ERR_FORMAT, "choice %llu is %s, not a string", (unsigned long long)i + 1, mft__json_kind_name(item));
+    }
+    return s;
+}
+
+/* The line's prompt and reference, as training renders them. */
+static mft_status mft__exam_rendered(mft__corpus *c, const mft__source *src, const char **prompt, size_t *n_prompt, const char **reference, size_t *n_reference)
+{
+    if (src->kind == MFT__FROM_TEXTS || src->kind == MFT__FROM_INPUT_IDS)
+        return mft__data_fail(c, MFT_ERR_FORMAT, "%s has no answers to ask for: use prompt and completion, messages, or instruction and output", mft__source_name(src->kind));
+    if (c->doc_flags & MFT_NO_ADD_SPECIAL) {                    /* a conversation: its last assistant turn */
+        const mft_chat_span *span = c->rendered.n_spans ? &c->rendered.spans[c->rendered.n_spans - 1] : NULL;
+        if (!span || span->begin == 0) return mft__data_fail(c, MFT_ERR_FORMAT, "the conversation has no assistant turn to ask for");
+        *prompt    = c->rendered.text;               *n_prompt    = (size_t)span->begin;
+        *reference = c->rendered.text + span->begin; *n_reference = (size_t)(span->end - span->begin);
+    } else {
+        *prompt    = c->text;               *n_prompt    = c->n_prompt;
+        *reference = c->text + c->n_prompt; *n_reference = c->n_text - c->n_prompt;
+    }
+    return MFT_OK;
+}
+
+/* The answer in short: the line's "answer", else what the assistant said last, else the reference. */
+static const char *mft__exam_expected(mft__corpus *c, const mft_json *o, const char *reference, size_t n_reference, size_t *bytes)
+{
+    const mft_json *list = mft_json_get(o, c->desc.messages_key);
+    const char     *text = mft_json_string(mft_json_get(o, "answer"), bytes);
+    size_t          n;
+    if (!list) list = mft_json_get(o, c->desc.completion_key);
+    n = mft_json_type(list) == MFT_JSON_ARRAY ? mft_json_count(list) : 0;
+    if (!text && n && c->doc_flags & MFT_NO_ADD_SPECIAL) text = mft_json_string(mft_json_get(mft_json_at(list, n - 1, NULL), "content"), bytes);
+    if (!text) { text = reference; *bytes = n_reference; }
+    mft__strip(&text, bytes);
+    return text;
+}
+
+/* The question that was rendered last. */
+static mft_status mft__exam_line(mft_exam *e, mft__corpus *c, const mft__source *src, const mft_json *o, const char *fixed)
+{
+    const char *prompt = NULL, *reference = NULL, *expected;
+    size_t      n_prompt = 0, n_reference = 0, n_expected = 0, n_space = 0;
+    int64_t     index;
+    mft__asked  q;
+    mft_status  s;
+    int         i;
+    memset(&q, 0, sizeof q);
+    if ((s = mft__exam_rendered(c, src, &prompt, &n_prompt, &reference, &n_reference)) != MFT_OK) return s;
+    while (n_space < n_reference && mft__is_blank(reference + n_space, 1)) n_space++;
+    if (n_space == n_reference) return mft__data_fail(c, MFT_ERR_FORMAT, "the expected answer is empty");
+    q.encode_flags = c->doc_flags;
+    if ((s = mft__exam_choices(e, c, o, fixed, reference, n_space, &q)) != MFT_OK) return s;
+    expected = mft__exam_expected(c, o, reference, n_reference, &n_expected);
+    if (!mft__exam_keep(e, "", 0, "", 0, &q.subject) || !mft__exam_keep(e, "", 0, "", 0, &q.header) || !mft__exam_keep(e, prompt, n_prompt, "", 0, &q.prompt)
+        || !mft__exam_keep(e, reference, n_reference, "", 0, &q.reference)) return MFT_ERR_OUT_OF_MEMORY;
+    q.answer = -1;
+    index = mft_json_integer(mft_json_get(o, "answer"), -1);
+    if (index >= 0 && index < q.n_choices) q.answer = (int)index;
+    for (i = 0; i < q.n_choices && q.answer < 0; i++) {
+        const char *choice = e->text + q.choices[i] + n_space;
+        if (strlen(choice) == n_expected && memcmp(choice, expected, n_expected) == 0) q.answer = i;
+    }
+    if (q.n_choices && q.answer < 0) {
+        mft__name_text name;
+        return mft__data_fail(c, MFT_ERR_FORMAT, "the answer '%s' is none of the %d choices", mft__name(expected, n_expected, &name), q.n_choices);
+    }
+    if (q.n_choices) q.expected = q.choices[q.answer] + n_space;
+    else if (!mft__exam_keep(e, expected, n_expected, "", 0, &q.expected)) return MFT_ERR_OUT_OF_MEMORY;
+    return mft__exam_add(e, &q) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+static mft_status mft__exam_jsonl(mft_exam *e, mft__corpus *c, const char *path, const char *fixed)
+{
+    mft__source *src = mft__source_add(c, MFT__FROM_JSONL, path);
+    mft__reader  r;
+    const char  *line;
+    size_t       bytes;
+    uint64_t     at;
+    mft_status   s;
+    if (!src) return MFT_ERR_OUT_OF_MEMORY;
+    c->where = src->path; c->where_line = 0;
+    s = mft__source_open(c, c->n_sources - 1);
+    memset(&r, 0, sizeof r);
+    r.next_line = 1;
+    while (s == MFT_OK) {
+        mft_json *o = NULL;
+        int       part = 0, parts = 1;
+        c->where_line = r.next_line;
+        s = mft__reader_next(c, &r, &line, &bytes, &at);
+        c->where_line = r.line;
+        if (s != MFT_OK || !line) break;
+        if (mft__is_blank(line, bytes)) continue;
+        s = mft__json_parse(e->ctx, mft__path(path), r.line, line, bytes, &o);
+        while (s == MFT_OK && part < parts) {
+            s = mft__line_json(c, &src->kind, line, bytes, part++, &parts);
+            if (s == MFT_OK) s = mft__exam_line(e, c, src, o, fixed);
+        }
+        mft_json_destroy(o);
+        if (s != MFT_OK && s != MFT_ERR_OUT_OF_MEMORY && s != MFT_ERR_IO && c->desc.skip_bad_lines) {
+            mft__log(e->ctx, MFT_LOG_WARNING, "skipped: %s", e->ctx->error);
+            s = MFT_OK;
+        }
+    }
+    if (s == MFT_OK && !e->n_asked) { c->where_line = 0; s = mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "no question in it"); }
+    c->where = NULL;
+    return s;
+}
+
+MFT_API mft_status mft_exam_load(mft_context *ctx, const struct mft_tokenizer *tok, const char *path, const mft_exam_desc *desc, mft_exam **out)
+{
+    mft_exam_desc    d;
+    mft_dataset_desc dd;
+    mft_dataset     *ds = NULL;                                 /* whose corpus reads and renders */
+    mft_exam        *e;
+    mft_status       s;
+    if (out) *out = NULL;
+    if (!ctx || !tok || !path || !out) return MFT_ERR_INVALID_ARGUMENT;
+    memset(&d, 0, sizeof d);
+    memset(&dd, 0, sizeof dd);
+    if (desc) d = *desc;
+    if (d.data) dd = *d.data;
+    if (d.n_shot < 0) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%d worked examples", d.n_shot);
+    dd.train_on_prompt = dd.assistant_loss_only = 0; dd.split = NULL;
+    if ((s = mft_dataset_create(ctx, tok, &dd, &ds)) != MFT_OK) return s;
+    e = (mft_exam *)mft__alloc_zero(ctx, sizeof *e);
+    if (!e) { mft_dataset_destroy(ds); return MFT_ERR_OUT_OF_MEMORY; }
+    e->ctx = ctx; e->tok = tok;
+    mft__object_add(ctx, &e->object, mft__exam_end);
+    if (!ctx->io.open && mft__file_kind(path) == MFT__DIRECTORY) s = mft__exam_mmlu(e, ds->corpus, path, &d);
+    else if (mft__ends_with(path, ".csv")) {
+        const char *name = path, *p;
+        char       *subject;
+        for (p = path; *p; p++) if (*p == '/' || *p == '\\') name = p + 1;
+        subject = mft__mmlu_subject(ctx, name);
+        if (!subject) s = MFT_ERR_OUT_OF_MEMORY;
+        else if (d.n_shot) s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: worked examples come from the dev/ of a directory, and this is a file", mft__path(path));
+        else s = mft__exam_csv(e, ds->corpus, path, subject, -1, 0, 0);
+        mft__strfree(ctx, subject);
+    } else s = mft__exam_jsonl(e, ds->corpus, path, d.choices);
+    mft_dataset_destroy(ds);
+    if (s != MFT_OK) { mft_exam_destroy(e); return s; }
+    *out = e;
+    return MFT_OK;
+}
+
+/* ---- asking ---- */
+
+typedef struct mft__ids { int32_t *ids; size_t n, cap; } mft__ids;
+
+/* The tokens of text. Its memory stays with `to`. */
+static mft_status mft__encode_into(mft_exam *e, const char *text, size_t bytes, int flags, mft__ids *to)
+{
+    int64_t n = mft_tokenizer_encode(e->tok, text, (int64_t)bytes, flags, NULL, 0);
+    void   *p = to->ids;
+    int     ok;
+    if (n < 0) return (mft_status)n;
+    ok = mft__grow(e->ctx, &p, &to->cap, (size_t)n + 1, sizeof *to->ids);
+    to->ids = (int32_t *)p;
+    if (!ok) return MFT_ERR_OUT_OF_MEMORY;
+    to->n = (size_t)mft_tokenizer_encode(e->tok, text, (int64_t)bytes, flags, to->ids, n);
+    return MFT_OK;
+}
+
+/* A question as tokens: what all of its answers begin with is the prompt, and the rest of each the answer. */
+typedef struct mft__sheet {
+    char    *text; size_t n_text, cap_text;
+    mft__ids alone, whole[MFT_MAX_CHOICES + 1];                 /* choices, then the reference */
+    size_t   n_prompt;
+} mft__sheet;
+
+static void mft__sheet_free(mft_context *ctx, mft__sheet *sh)
+{
+    int i;
+    mft__free(ctx, sh->text, sh->cap_text);
+    mft__free(ctx, sh->alone.ids, sh->alone.cap * sizeof(int32_t));
+    for (i = 0; i <= MFT_MAX_CHOICES; i++) mft__free(ctx, sh->whole[i].ids, sh->whole[i].cap * sizeof(int32_t));
+}
+
+static mft_status mft__sheet_put(mft_exam *e, mft__sheet *sh, size_t at, const char *text)
+{
+    size_t bytes = strlen(text);
+    void  *p = sh->text;
+    int    ok = mft__grow(e->ctx, &p, &sh->cap_text, at + bytes + 1, 1);
+    sh->text = (char *)p;
+    if (!ok) return MFT_ERR_OUT_OF_MEMORY;
+    memcpy(sh->text + at, text, bytes + 1);
+    sh->n_text = at + bytes;
+    return MFT_OK;
+}
+
+/* Fills the sheet with n_shot worked examples; *out_longest: tokens of prompt and longest answer. */
+static mft_status mft__sheet_fill(mft_exam *e, const mft__asked *q, int n_shot, mft__sheet *sh, size_t *out_longest)
+{
+    size_t     base, k;
+    int        i;
+    mft_status s = mft__sheet_put(e, sh, 0, e->text + q->header);
+    for (i = 0; i < n_shot && s == MFT_OK; i++) s = mft__sheet_put(e, sh, sh->n_text, e->text + e->shots[q->shots + (size_t)i]);
+    if (s == MFT_OK) s = mft__sheet_put(e, sh, sh->n_text, e->text + q->prompt);
+    base = sh->n_text;
+    if (s == MFT_OK) s = mft__encode_into(e, sh->text, base, q->encode_flags, &sh->alone);
+    sh->n_prompt = sh->alone.n;
+    *out_longest = 0;
+    for (i = 0; i <= q->n_choices && s == MFT_OK; i++) {
+        mft__ids *w = &sh->whole[i];
+        s = mft__sheet_put(e, sh, base, e->text + (i < q->n_choices ? q->choices[i] : q->reference));
+        if (s == MFT_OK) s = mft__encode_into(e, sh->text, sh->n_text, q->encode_flags, w);
+        if (s != MFT_OK) break;
+        for (k = 0; k < sh->n_prompt && k + 1 < w->n && w->ids[k] == sh->alone.ids[k]; k++) {}
+        sh->n_prompt = k;
+        if (w->n > *out_longest) *out_longest = w->n;
+    }
+    return s;
+}
+
+/* The greedy answer as it comes. */
+typedef struct mft__saying { mft_decoder *decoder; char text[4096]; size_t n; int one_line, failed; } mft__saying;
+
+static int mft__say(void *user, int32_t id)
+{
+    mft__saying *y = (mft__saying *)user;
+    const char  *piece = mft_decoder_push(y->decoder, id, NULL);
+    if (!piece) { y->failed = 1; return 1; }
+    for (; *piece; piece++) {
+        if (*piece == '\n' && y->one_line && !mft__is_blank(y->text, y->n)) return 1;
+        if (y->n + 1 == sizeof y->text) return 1;
+        y->text[y->n++] = *piece;
+    }
+    return 0;
+}
+
+static mft_status mft__exam_say(mft_exam *e, const mft__asked *q, mft_model *model, const mft__ids *prompt, size_t cut, int max_new_tokens, int *out_exact)
+{
+    const char       *expected = e->text + q->expected, *text;
+    size_t            bytes, n_expected = strlen(expected);
+    mft_generate_desc g;
+    mft__saying      *y = (mft__saying *)mft__alloc_zero(e->ctx, sizeof *y);
+    int64_t           n;
+    mft_status        s;
+    if (!y) return MFT_ERR_OUT_OF_MEMORY;
+    s = mft_decoder_create(e->tok, MFT_SKIP_SPECIAL, &y->decoder);
+    memset(&g, 0, sizeof g);
+    g.max_new_tokens = max_new_tokens; g.on_token = mft__say; g.user = y;
+    y->one_line = !strchr(expected, '\n');
+    if (s == MFT_OK) {
+        n = mft_generate(model, prompt->ids + cut, (int64_t)(prompt->n - cut), &g, NULL, 0);
+        if (n < 0) s = (mft_status)n; else if (y->failed) s = MFT_ERR_INVALID_ARGUMENT;
+    }
+    text = y->text; bytes = y->n;
+    mft__strip(&text, &bytes);
+    *out_exact = bytes == n_expected && memcmp(text, expected, bytes) == 0;
+    mft_decoder_destroy(y->decoder);
+    mft__free(e->ctx, y, sizeof *y);
+    return s;
+}
+
+MFT_API mft_status mft_exam_ask(mft_exam *exam, int64_t index, mft_model *model, int max_new_tokens, mft_answer *out)
+{
+    const int32_t    *rest[MFT_MAX_CHOICES + 1];
+    int64_t           lengths[MFT_MAX_CHOICES + 1];
+    double            scores[MFT_MAX_CHOICES + 1];
+    const mft__asked *q;
+    mft__sheet        sheet;
+    size_t            most, longest, cut, room;
+    int               i, n_shot;
+    mft_status        s;
+
+    if (!exam || !model || !out) return MFT_ERR_INVALID_ARGUMENT;
+    if (index < 0 || index >= (int64_t)exam->n_asked) return mft__fail(exam->ctx, MFT_ERR_INVALID_ARGUMENT, "question %lld of %lld", (long long)index, (long long)exam->n_asked);
+    q = &exam->asked[index];
+    memset(out, 0, sizeof *out);
+    memset(&sheet, 0, sizeof sheet);
+    out->choice = out->exact = -1;
+    most = (size_t)model->config.max_position;
+    n_shot = q->n_shot;
+    do s = mft__sheet_fill(exam, q, n_shot, &sheet, &longest); while (s == MFT_OK && longest - 1 > most && n_shot-- > 0);
+    if (n_shot < 0) n_shot = 0;
+    cut = s == MFT_OK && longest - 1 > most ? longest - 1 - most : 0;
+    if (s == MFT_OK && !sheet.n_prompt) s = mft__fail(exam->ctx, MFT_ERR_INVALID_ARGUMENT, "question %lld: its prompt makes no token", (long long)index);
+    else if (s == MFT_OK && cut >= sheet.n_prompt) s = mft__fail(exam->ctx, MFT_ERR_INVALID_ARGUMENT, "question %lld: the answer alone fills the model's %lld positions", (long long)index, (long long)most);
+    for (i = 0; i <= q->n_choices && s == MFT_OK; i++) { rest[i] = sheet.whole[i].ids + sheet.n_prompt; lengths[i] = (int64_t)(sheet.whole[i].n - sheet.n_prompt); }
+    if (s == MFT_OK) s = mft_log_likelihood(model, sheet.whole[0].ids + cut, (int64_t)(sheet.n_prompt - cut), rest, lengths, q->n_choices + 1, scores);
+    if (s == MFT_OK) {
+        out->log_likelihood = scores[q->n_choices]; out->n_tokens = lengths[q->n_choices];
+        out->n_shot = n_shot; out->n_cut = (int64_t)cut;
+        for (i = 0; i < q->n_choices; i++) {
+            out->choices[i] = scores[i];
+            if (out->choice < 0 || scores[i] > scores[out->choice]) out->choice = i;
+        }
+    }
+    if (s == MFT_OK && max_new_tokens > 0) {
+        room = (size_t)max_new_tokens < most ? most - (size_t)max_new_tokens : 1;
+        if (sheet.alone.n > room && sheet.alone.n - room > cut) cut = sheet.alone.n - room;
+        s = mft__exam_say(exam, q, model, &sheet.alone, cut, max_new_tokens, &out->exact);
+    }
+    mft__sheet_free(exam->ctx, &sheet);
+    return s;
+}
+
+MFT_API void mft_compare(const double *base, const double *other, const double *weights, int64_t n, mft_comparison *out)
+{
+    double  sum_base = 0, sum_other = 0, total = 0, squares = 0, half;
+    int64_t i;
+    memset(out, 0, sizeof *out);
+    for (i = 0; i < n; i++) { sum_base += base[i]; sum_other += other[i]; total += weights ? weights[i] : 1; }
+    out->n = n;
+    out->base = sum_base / total; out->other = sum_other / total;
+    out->difference = (sum_other - sum_base) / total;
+    for (i = 0; i < n; i++) {
+        double d = other[i] - base[i] - out->difference * (weights ? weights[i] : 1);
+        squares += d * d;
+    }
+    half = n > 1 ? 1.959963984540054 * sqrt((double)n / (double)(n - 1) * squares) / total : NAN;
+    out->low = out->difference - half; out->high = out->difference + half;
 }
 
 #endif /* MFT_IMPLEMENTATION */

@@ -109,7 +109,7 @@ static void set_up(void)
 
 static void test_usage(void)
 {
-    static const char *const commands[] = { "finetune", "perplexity", "generate", "tokenize", "logits", "inspect", "merge", "init" };
+    static const char *const commands[] = { "finetune", "perplexity", "mmlu", "eval", "generate", "tokenize", "logits", "inspect", "merge", "init" };
     char   line[200];
     size_t i;
     expect("", 2, "finetune");
@@ -179,6 +179,9 @@ static void test_failures(void)
     expect("perplexity --model @/q --data @/empty", 1, NULL);
     expect("perplexity --model @/q --data @/bad-ids.bin --format tokens", 1, "1000");
     expect("perplexity --model @/q --data @/ids.bin --format tokens --seq-len 8 --stride 9", 1, "9");
+    expect("perplexity --model @/q --data @/text.txt --compare", 2, "--adapter");
+    expect("eval --model @/q --data @/text.txt", 1, "text.txt");
+    expect("mmlu --model @/q --data @/nowhere --split test", 1, "nowhere");
     expect("generate --model @/q --prompt ''", 1, "prompt");
     expect("generate --model tests/golden/qwen2 --prompt hello", 1, "tokenizer");
     expect("logits --model @/q --tokens @/ids.bin --seq-len 7 --output @/l.safetensors", 1, "96");
@@ -208,6 +211,7 @@ static int digits(const char *line, const char *key)
 
 static void test_finetune(void)
 {
+    static const char asked[] = "{\"prompt\": \"The cat\", \"completion\": \" sat\", \"choices\": [\"sat\", \"ran\"]}\n{\"prompt\": \"The sun\", \"completion\": \" is up\", \"choices\": [\"is up\", \"ran\"]}\n";
     static const char keys[] = "steps train_loss eval_loss eval_perplexity tokens_per_second peak_rss_bytes trainable_parameters output";
     char     *log, *line, *first_err;
     mft_json *j;
@@ -259,6 +263,13 @@ static void test_finetune(void)
     mft_json_destroy(j);
     CHECK(run("merge --model @/q --adapter @/adapter --output @/merged --json") == 0);
     mft_json_destroy(one_object(out, "output"));
+    CHECK(run("perplexity --model @/q --adapter @/adapter --data @/text.txt --seq-len 16 --compare --json") == 0);
+    mft_json_destroy(one_object(out, "tokens loss perplexity base_perplexity compare tokens_per_second peak_rss_bytes"));
+    write_file(in_room("asked.jsonl"), asked, sizeof asked - 1);
+    CHECK(run("eval --model @/q --adapter @/adapter --data @/asked.jsonl --max-tokens 3 --compare --output @/answers.jsonl --json") == 0);
+    mft_json_destroy(one_object(out, "questions accuracy exact_match log_likelihood_per_token log_likelihood_per_question cut fewer_examples compare"));
+    CHECK(test_file_exists(in_room("answers.jsonl")));
+    CHECK(run("eval --model @/q --data @/asked.jsonl") == 0 && strstr(out, "accuracy") && !strstr(out, "exact"));
     CHECK(run("perplexity --model @/merged --data @/text.txt --seq-len 16 --json") == 0);
     j = one_object(out, "tokens loss perplexity tokens_per_second peak_rss_bytes");
     CHECK(fabs(number(j, "loss") / sum - 1) < 1e-5);

@@ -4,7 +4,7 @@
  *   object and nothing else; progress and errors to stderr. Exit status 0 done, 1 failed (with a
  *   sentence), 2 wrong usage, 130 interrupted.
  *
- *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [GENERATE] [TOKENIZE] [LOGITS]
+ *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [EXAM] [GENERATE] [TOKENIZE] [LOGITS]
  *           [INSPECT] [MERGE] [INIT] [BENCH] [MAIN] */
 #define MFT_IMPLEMENTATION
 #include "mft.h"
@@ -33,6 +33,9 @@ typedef struct options {
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
     double  eval_split;
+    const char *split, *subject, *choices;
+    int64_t fewshot;
+    int     compare;
     const char *path;                       /* the one argument without a flag, where a command takes one */
     const struct command *command;
 } options;
@@ -105,6 +108,11 @@ static const flag flags[] = {
     { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step" },
     { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
     { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
+    { "split",              STRING,  AT(split),              0, 0, "NAME", "dev, val or test                                             [test]" },
+    { "fewshot",            INTEGER, AT(fewshot),            0, 100, "N",  "worked examples before each question, from dev/              [0]" },
+    { "subject",            STRING,  AT(subject),            0, 0, "NAME", "only this one, as its file is called: anatomy                [all]" },
+    { "choices",            STRING,  AT(choices),            0, 0, "LIST", "yes,no,maybe: what each answer is one of                     [a line's \"choices\"]" },
+    { "compare",            SWITCH,  AT(compare),            0, 0, NULL,   "base and --adapter side by side, with 95 % intervals of the difference" },
     { "prompt",             STRING,  AT(prompt),             0, 0, "TEXT", "what to continue" },
     { "max-tokens",         INTEGER, AT(max_tokens),         1, MANY, "N", "tokens to generate at most                                   [64]" },
     { "temperature",        NUMBER,  AT(temperature),        0, 1000, "X", "0: always the likeliest token                                [0]" },
@@ -1031,11 +1039,57 @@ done:
 /* ==============================================================================
  * MARK: - [PERPLEXITY]
  * ============================================================================== */
+/* base, adapter, difference, interval: what --compare prints of each figure */
+static void print_versus_head(void)
+{
+    printf("%-26s %10s %10s %11s   %s\n", "", "base", "adapter", "difference", "95 % interval (paired, normal approximation)");
+}
+
+static void print_versus(const char *name, const mft_comparison *c)
+{
+    printf("%-26s %10.4f %10.4f %+11.4f   [%+.4f, %+.4f]\n", name, c->base, c->other, c->difference, c->low, c->high);
+}
+
+static void json_comparison(const mft_comparison *c)
+{
+    printf("{\"base\":");          json_number(stdout, c->base);
+    printf(",\"adapter\":");       json_number(stdout, c->other);
+    printf(",\"difference\":");    json_number(stdout, c->difference);
+    printf(",\"low\":");           json_number(stdout, c->low);
+    printf(",\"high\":");          json_number(stdout, c->high);
+    printf(",\"n\":%lld}", (long long)c->n);
+}
+
+typedef struct loss_parts { double *sums, *counts; int64_t n, cap; int failed; } loss_parts;
+
+static void on_part(void *user, double loss_sum, int64_t n_tokens)
+{
+    loss_parts *p = (loss_parts *)user;
+    if (p->n == p->cap) {
+        int64_t cap = 2 * p->cap + 256;
+        double *sums = (double *)realloc(p->sums, (size_t)cap * sizeof *sums), *counts;
+        if (sums) p->sums = sums;
+        counts = sums ? (double *)realloc(p->counts, (size_t)cap * sizeof *counts) : NULL;
+        if (!counts) { p->failed = 1; return; }
+        p->counts = counts; p->cap = cap;
+    }
+    p->sums[p->n] = loss_sum; p->counts[p->n++] = (double)n_tokens;
+}
+
+static mft_status perplexity_parts(const options *o, session *s, const int32_t *ids, int64_t n, loss_parts *p, mft_eval *eval)
+{
+    mft_status status = mft_perplexity_parts(s->model, ids, n, (int)o->seq_len, (int)o->stride, on_part, p, eval);
+    return status == MFT_OK && p->failed ? MFT_ERR_OUT_OF_MEMORY : status;
+}
+
 static int run_perplexity(const options *o)
 {
     static const char *const formats[] = { "auto", "text", "tokens", NULL };
     session    s;
-    mft_eval   eval;
+    mft_eval   eval, base;
+    mft_comparison versus;
+    loss_parts parts[2];
+    int        i;
     char      *text = NULL;
     int32_t   *ids = NULL;
     int64_t    n = 0, bytes = 0;
@@ -1043,7 +1097,9 @@ static int run_perplexity(const options *o)
     mft_status status;
     int        exit_status, format = choice("format", o->format, formats);
 
-    if (format < 0 || !need("perplexity", "model", o->model) || !need("perplexity", "data", o->data)) return 2;
+    if (format < 0 || !need("perplexity", "model", o->model) || !need("perplexity", "data", o->data)
+        || (o->compare && !need("perplexity", "adapter", o->adapter))) return 2;
+    memset(parts, 0, sizeof parts);
     exit_status = open_session(o, &s);
     if (exit_status) return exit_status;
     if ((status = load_model(o, &s, NULL)) != MFT_OK) goto failed;
@@ -1056,23 +1112,225 @@ static int run_perplexity(const options *o)
         if (!(ids = encode(&s, text, bytes, 0, &n))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
     }
     began  = mft__now();
-    status = mft_perplexity(s.model, ids, n, (int)o->seq_len, (int)o->stride, &eval);
-    if (status != MFT_OK) goto failed;
+    if (o->compare) {
+        if ((status = mft_lora_activate(s.model, NULL)) == MFT_OK && (status = perplexity_parts(o, &s, ids, n, &parts[0], &base)) == MFT_OK)
+            status = mft_lora_activate(s.model, "default");
+        if (status != MFT_OK) goto failed;
+    }
+    if ((status = perplexity_parts(o, &s, ids, n, &parts[1], &eval)) != MFT_OK) goto failed;
     seconds = mft__now() - began;
+    if (o->compare) mft_compare(parts[0].sums, parts[1].sums, parts[1].counts, parts[1].n, &versus);
     if (o->json) {
         printf("{\"tokens\":%lld,\"loss\":", (long long)eval.n_tokens);
         json_number(stdout, eval.loss);
         printf(",\"perplexity\":");        json_number(stdout, eval.perplexity);
-        printf(",\"tokens_per_second\":"); json_number(stdout, (double)n / seconds);
+        printf(",\"tokens_per_second\":"); json_number(stdout, (double)n * (o->compare ? 2 : 1) / seconds);
+        if (o->compare) { printf(",\"base_perplexity\":"); json_number(stdout, base.perplexity); printf(",\"compare\":{\"loss\":"); json_comparison(&versus); printf("}"); }
         printf(",\"peak_rss_bytes\":%llu}\n", (unsigned long long)peak_rss());
+    } else if (o->compare) {
+        print_versus_head();
+        print_versus("loss", &versus);
+        printf("perplexity %.4f with the adapter, %.4f without, over %lld tokens\n", eval.perplexity, base.perplexity, (long long)eval.n_tokens);
     } else printf("perplexity %.4f (loss %.6f over %lld tokens, %.0f tokens/s)\n", eval.perplexity, eval.loss, (long long)eval.n_tokens, (double)n / seconds);
     goto done;
 failed:
     exit_status = fail(&s, status);
 done:
+    for (i = 0; i < 2; i++) { free(parts[i].sums); free(parts[i].counts); }
     free(text); free(ids);
     return close_session(&s, exit_status);
 }
+
+/* ==============================================================================
+ * MARK: - [EXAM] Questions with known answers: mmlu, eval
+ * ============================================================================== */
+/* What came out, a number per question; [0] the base when both are asked, [1] what was asked for. */
+typedef struct marks {
+    int64_t n, n_choose, n_cut, n_fewer, n_exact;
+    double *right[2], *likelihood[2], *exact[2], *tokens, *choosable;
+} marks;
+
+static int marks_make(marks *m, int64_t n)
+{
+    double *p = (double *)calloc((size_t)(8 * n) + 1, sizeof *p);
+    int     i;
+    memset(m, 0, sizeof *m);
+    if (!p) return 0;
+    m->n = n;
+    for (i = 0; i < 2; i++) { m->right[i] = p + i * n; m->likelihood[i] = p + (2 + i) * n; m->exact[i] = p + (4 + i) * n; }
+    m->tokens = p + 6 * n; m->choosable = p + 7 * n;
+    return 1;
+}
+
+/* One line per question for those who want to look. */
+static void write_answer(FILE *f, int64_t index, const mft_question *q, const mft_answer *a, int which, int compare)
+{
+    int i;
+    fprintf(f, "{\"question\":%lld,\"model\":\"%s\",\"subject\":", (long long)index, compare && !which ? "base" : "asked");
+    json_string(f, q->subject);
+    fprintf(f, ",\"expected\":");
+    json_string(f, q->expected);
+    fprintf(f, ",\"log_likelihood\":%.10g,\"tokens\":%lld", a->log_likelihood, (long long)a->n_tokens);
+    if (q->n_choices) {
+        fprintf(f, ",\"answer\":%d,\"choice\":%d,\"choices\":[", q->answer, a->choice);
+        for (i = 0; i < q->n_choices; i++) fprintf(f, "%s%.10g", i ? "," : "", a->choices[i]);
+        fprintf(f, "]");
+    }
+    if (a->exact >= 0) fprintf(f, ",\"exact\":%s", a->exact ? "true" : "false");
+    fprintf(f, ",\"fewshot\":%d,\"cut\":%lld}\n", a->n_shot, (long long)a->n_cut);
+}
+
+/* Asks all questions; both models in turn when they are compared. */
+static mft_status ask_all(const options *o, session *s, mft_exam *exam, int max_new_tokens, FILE *details, marks *m)
+{
+    int64_t    i;
+    int        which;
+    mft_status status = MFT_OK;
+    double     shown = 0;
+    for (i = 0; i < m->n && status == MFT_OK; i++) {
+        mft_question q;
+        mft_answer   a;
+        mft_exam_question(exam, i, &q);
+        for (which = !o->compare; which < 2 && status == MFT_OK; which++) {
+            if (o->compare) status = mft_lora_activate(s->model, which ? "default" : NULL);
+            if (status == MFT_OK) status = mft_exam_ask(exam, i, s->model, max_new_tokens, &a);
+            if (status != MFT_OK) break;
+            m->right[which][i] = q.n_choices && a.choice == q.answer;
+            m->likelihood[which][i] = a.log_likelihood;
+            m->exact[which][i] = a.exact == 1;
+            if (details) write_answer(details, i, &q, &a, which, o->compare);
+        }
+        if (status != MFT_OK) break;
+        m->tokens[i] = (double)a.n_tokens;
+        m->choosable[i] = q.n_choices > 0;
+        m->n_choose += q.n_choices > 0; m->n_exact += a.exact >= 0; m->n_cut += a.n_cut > 0; m->n_fewer += a.n_shot < (int)o->fewshot;
+        if (isatty(2) && mft__now() - shown > 0.1) { shown = mft__now(); fprintf(stderr, "\r\033[Kquestion %lld/%lld", (long long)i + 1, (long long)m->n); }
+    }
+    if (isatty(2)) fputs("\r\033[K", stderr);
+    return status;
+}
+
+/* Questions of one subject follow each other: where those that begin at `at` end. */
+static int64_t subject_end(mft_exam *exam, int64_t at)
+{
+    mft_question first, q;
+    int64_t      i;
+    mft_exam_question(exam, at, &first);
+    for (i = at + 1; i < mft_exam_size(exam); i++) {
+        mft_exam_question(exam, i, &q);
+        if (strcmp(q.subject, first.subject)) break;
+    }
+    return i;
+}
+
+static double mean_of(const double *x, int64_t from, int64_t to)
+{
+    double  sum = 0;
+    int64_t i;
+    for (i = from; i < to; i++) sum += x[i];
+    return sum / (double)(to - from);
+}
+
+/* The subjects' lines; returns the mean over subjects. */
+static double print_subjects(const options *o, mft_exam *exam, const marks *m, double *out_base)
+{
+    int64_t at, end;
+    int     n = 0;
+    double  sum = 0, sum_base = 0;
+    if (o->json) printf(",\"subjects\":["); else printf("%-40s %9s  %s\n", "subject", "questions", o->compare ? "base    adapter" : "accuracy");
+    for (at = 0; at < m->n; at = end, n++) {
+        mft_question q;
+        double       right, base;
+        mft_exam_question(exam, at, &q);
+        end = subject_end(exam, at);
+        right = mean_of(m->right[1], at, end); base = mean_of(m->right[0], at, end);
+        sum += right; sum_base += base;
+        if (o->json) {
+            printf("%s{\"subject\":", n ? "," : "");
+            json_string(stdout, q.subject);
+            printf(",\"questions\":%lld,\"accuracy\":%.10g", (long long)(end - at), right);
+            if (o->compare) printf(",\"base_accuracy\":%.10g", base);
+            printf("}");
+        } else if (o->compare) printf("%-40s %9lld  %.4f  %.4f\n", q.subject, (long long)(end - at), base, right);
+        else printf("%-40s %9lld  %.4f\n", q.subject, (long long)(end - at), right);
+    }
+    if (o->json) printf("]");
+    *out_base = sum_base / n;
+    return sum / n;
+}
+
+static void print_marks(const options *o, mft_exam *exam, const marks *m, int mmlu)
+{
+    static const char *const names[] = { "accuracy", "log_likelihood_per_token", "exact_match" };
+    mft_comparison c[3];
+    double         subjects, base;
+    int            i, show[3];
+    mft_compare(m->right[0], m->right[1], m->choosable, m->n, &c[0]);
+    mft_compare(m->likelihood[0], m->likelihood[1], m->tokens, m->n, &c[1]);
+    mft_compare(m->exact[0], m->exact[1], NULL, m->n, &c[2]);
+    show[0] = m->n_choose > 0; show[1] = 1; show[2] = m->n_exact > 0;
+    if (o->json) {
+        printf("{\"questions\":%lld", (long long)m->n);
+        for (i = 0; i < 3; i++) if (show[i]) { printf(",\"%s\":", names[i]); json_number(stdout, c[i].other); }
+        printf(",\"log_likelihood_per_question\":"); json_number(stdout, mean_of(m->likelihood[1], 0, m->n));
+        if (mmlu) { subjects = print_subjects(o, exam, m, &base); printf(",\"subject_mean\":%.10g", subjects); }
+        printf(",\"cut\":%lld,\"fewer_examples\":%lld", (long long)m->n_cut, (long long)m->n_fewer);
+        for (i = 0; o->compare && i < 3; i++) if (show[i]) { printf("%s\"%s\":", i && show[0] ? "," : i > 1 ? "," : ",\"compare\":{", names[i]); json_comparison(&c[i]); }
+        printf("%s}\n", o->compare ? "}" : "");
+        return;
+    }
+    if (mmlu) {
+        subjects = print_subjects(o, exam, m, &base);
+        if (o->compare) printf("%-40s %9s  %.4f  %.4f\n", "mean over subjects", "", base, subjects); else printf("%-40s %9s  %.4f\n", "mean over subjects", "", subjects);
+    }
+    printf("%lld questions\n", (long long)m->n);
+    if (o->compare) print_versus_head();
+    for (i = 0; i < 3; i++) if (show[i]) { if (o->compare) print_versus(names[i], &c[i]); else printf("%-26s %.4f\n", names[i], c[i].other); }
+    if (m->n_fewer) printf("%lld questions had room for fewer worked examples\n", (long long)m->n_fewer);
+    if (m->n_cut) printf("%lld prompts lost their beginning: longer than the model's positions\n", (long long)m->n_cut);
+}
+
+static int run_exam(const options *o, int mmlu)
+{
+    const char      *name = mmlu ? "mmlu" : "eval";
+    session          s;
+    mft_dataset_desc data;
+    mft_exam_desc    d;
+    mft_exam        *exam = NULL;
+    marks            m;
+    FILE            *details = NULL;
+    char            *template_text = NULL;
+    int64_t          bytes;
+    mft_status       status;
+    int              exit_status;
+
+    if (!need(name, "model", o->model) || !need(name, "data", o->data) || (o->compare && !need(name, "adapter", o->adapter))) return 2;
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    memset(&m, 0, sizeof m);
+    memset(&data, 0, sizeof data);
+    memset(&d, 0, sizeof d);
+    if (o->chat_template && !(template_text = read_text(o->chat_template, &bytes))) { exit_status = 1; goto done; }
+    data.chat_template = template_text; data.prompt_key = o->prompt_key; data.completion_key = o->completion_key;
+    data.messages_key = o->messages_key; data.skip_bad_lines = o->skip_bad_lines;
+    d.data = &data; d.choices = o->choices; d.split = o->split; d.subject = o->subject; d.n_shot = (int)o->fewshot;
+    if ((status = mft_tokenizer_load(s.ctx, o->model, &s.tok)) != MFT_OK || (status = mft_exam_load(s.ctx, s.tok, o->data, &d, &exam)) != MFT_OK
+        || (status = load_model(o, &s, NULL)) != MFT_OK) goto failed;
+    if (!marks_make(&m, mft_exam_size(exam))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    if (o->output && !(details = fopen(o->output, "w"))) { fprintf(stderr, "mft: %s: cannot be written\n", o->output); exit_status = 1; goto done; }
+    if ((status = ask_all(o, &s, exam, (int)o->max_tokens, details, &m)) != MFT_OK) goto failed;
+    print_marks(o, exam, &m, mmlu);
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    if (details && fclose(details) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o->output); exit_status = 1; }
+    free(template_text); free(m.right[0]);
+    return close_session(&s, exit_status);
+}
+
+static int run_mmlu(const options *o) { return run_exam(o, 1); }
+static int run_eval(const options *o) { return run_exam(o, 0); }
 
 /* ==============================================================================
  * MARK: - [GENERATE]
@@ -1576,8 +1834,12 @@ static const command commands[] = {
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
       "  mft finetune --model gpt2 --data mail.jsonl --eval-split 0.1 --eval-steps 50 --load-best --checkpoint-save-steps 50 --save-total-limit 2 --output adapter\n"
       "  mft finetune --config adapter/finetune.yaml --resume-from latest\n", run_finetune },
-    { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride" COMMON,
+    { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride compare" COMMON,
       "  mft perplexity --model gpt2 --data wiki.test.raw --seq-len 1024 --stride 512\n", run_perplexity },
+    { "mmlu", "multiple choice questions as in MMLU, per subject", "model adapter data split fewshot subject compare output" COMMON,
+      "  mft mmlu --model gpt2 --data mmlu --fewshot 5\n  mft mmlu --model gpt2 --adapter adapter --data mmlu --subject anatomy --compare\n", run_mmlu },
+    { "eval", "questions with known answers: choices, exact match, likelihood", "model adapter data choices max-tokens chat-template prompt-key completion-key messages-key skip-bad-lines compare output" COMMON,
+      "  mft eval --model gpt2 --data pubmedqa/test.jsonl --choices yes,no,maybe\n  mft eval --model gpt2 --adapter adapter --data held-out.jsonl --max-tokens 32 --compare\n", run_eval },
     { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos" COMMON,
       "  mft generate --model gpt2 --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95\n", run_generate },
     { "tokenize", "text to token ids and back", "model text file decode jsonl no-special" COMMON,

@@ -168,6 +168,21 @@ def mean_loss(model, tokens):
         return (loss_sum(model(input_ids=ids).logits, ids) / (ids.shape[0] * (ids.shape[1] - 1))).item()
 
 
+def perplexity_parts(model, ids, seq_len, tokens):
+    """Losses and counts of windows that lie end to end, summed over so many windows as make `tokens`."""
+    windows = [ids[i:i + seq_len] for i in range(0, len(ids), seq_len)]
+    windows = [w for w in windows if len(w) > 1]
+    parts, most = [], max(1, tokens // seq_len)
+    while windows:
+        n = 1                                   # those of one length go together
+        while n < min(most, len(windows)) and len(windows[n]) == len(windows[0]):
+            n += 1
+        batch, windows = torch.tensor(windows[:n]), windows[n:]
+        with torch.no_grad():
+            parts.append((loss_sum(model(input_ids=batch).logits, batch).item(), batch.shape[0] * (batch.shape[1] - 1)))
+    return parts
+
+
 def pad_rows(rows):
     """rows of input_ids/labels -> input_ids, attention_mask, labels padded on the right."""
     T = max(len(r["input_ids"]) for r in rows)
