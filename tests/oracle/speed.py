@@ -2,11 +2,14 @@
 """mft beside PyTorch and the tokenizers package on this machine, in one run: figures for the README, no test.
 
     build/venv/bin/python tests/oracle/speed.py steps  CONFIG.json... [--full] [--dtype f32|bf16] [--batch 1] [--seq 128] [--steps 6]
+                                                       [--rounds 3] [--threads 2]
     build/venv/bin/python tests/oracle/speed.py tokens TOKENIZER_DIR... --text FILE
 
 steps: a random model of each config (`mft init`), then LoRA (rank 8, default targets) or full training steps of
-AdamW on the same random tokens by both. Speed is that of the median step after the first; memory is the peak
-resident size of the whole process. Losses are printed too: they must agree (an adapter starts as nothing).
+AdamW on the same random tokens by both, one program after the other in each of the rounds, on as many threads.
+Speed is that of the median step after the first of each round; memory is the peak resident size of the whole
+process. The ratio is that of each round's medians: its median, least and greatest over the rounds. Losses are
+printed too: the first must agree (an adapter starts as nothing; then its random half counts). --dtype bf16 trains in bf16 in both.
 tokens: seconds to load, and encoding speed on one core, from the difference between a text and eight copies of it.
 """
 import argparse
@@ -35,13 +38,14 @@ def measured(args, **kwargs):
     return time.perf_counter() - began, usage.ru_maxrss * 1024, out.decode()
 
 
-def torch_steps(directory, data, batch, seq, steps, full, dtype):
+def torch_steps(directory, data, batch, seq, steps, full, dtype, threads):
     """The PyTorch side, in a process of its own; prints one JSON object."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import numpy as np
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
+    torch.set_num_threads(threads)
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=kind)
     model.train()
@@ -80,24 +84,46 @@ def steps(args):
             with open(config) as f:
                 vocab = json.load(f)["vocab_size"]
             np.random.default_rng(1).integers(0, vocab, args.steps * args.batch * args.seq, dtype=np.int32).tofile(data)
-            log = os.path.join(tmp, "log.jsonl")
-            _, rss, _ = measured([MFT, "finetune", "--model", model, "--data", data, "--format", "tokens", "--no-shuffle",
-                                  "--batch-size", args.batch, "--seq-len", args.seq, "--max-steps", args.steps, "--lr", "2e-4",
-                                  "--lr-scheduler", "constant", "--output", os.path.join(tmp, "out"), "--log", log]
-                                 + (["--full"] if args.full else []), stderr=subprocess.DEVNULL)
-            with open(log) as f:
-                rows = [json.loads(line) for line in f]
-            ends = [row["elapsed_s"] for row in rows]
-            show(name, "mft", [b - a for a, b in zip(ends, ends[1:])], rss, [row["loss"] for row in rows], args)
-            _, rss, out = measured([sys.executable, os.path.abspath(__file__), "torch", model, data, args.batch, args.seq,
-                                    args.steps, int(args.full), args.dtype], stderr=subprocess.DEVNULL)
-            theirs = json.loads(out)
-            show(name, "PyTorch", theirs["seconds"][1:], rss, theirs["losses"], args)
+            rounds = {"mft": [], "PyTorch": []}
+            for _ in range(args.rounds):
+                for program, run in (("mft", our_steps), ("PyTorch", their_steps)):
+                    rounds[program].append(run(tmp, model, data, args))
+            for program, runs in rounds.items():
+                show(name, program, runs, args)
+            ratios = sorted(statistics.median(theirs[0]) / statistics.median(ours[0]) for ours, theirs in zip(*rounds.values()))
+            print("%-24s %-8s %10.2f   (%.2f to %.2f in %d rounds)" % (name, "ratio", statistics.median(ratios), ratios[0],
+                                                                       ratios[-1], len(ratios)), flush=True)
 
 
-def show(name, program, seconds, rss, losses, args):
+def our_steps(tmp, model, data, args):
+    """Seconds of each step after the first, peak resident bytes, losses."""
+    log = os.path.join(tmp, "log.jsonl")
+    if os.path.exists(log):
+        os.remove(log)
+    with tempfile.TemporaryDirectory(dir=tmp) as out:
+        _, rss, _ = measured([MFT, "finetune", "--model", model, "--data", data, "--format", "tokens", "--no-shuffle",
+                              "--batch-size", args.batch, "--seq-len", args.seq, "--max-steps", args.steps, "--lr", "2e-4",
+                              "--lr-scheduler", "constant", "--threads", args.threads, "--precision", args.dtype,
+                              "--output", os.path.join(out, "adapter"), "--log", log]
+                             + (["--full"] if args.full else []), stderr=subprocess.DEVNULL)
+    with open(log) as f:
+        rows = [json.loads(line) for line in f]
+    ends = [row["elapsed_s"] for row in rows]
+    return [b - a for a, b in zip(ends, ends[1:])], rss, [row["loss"] for row in rows]
+
+
+def their_steps(_, model, data, args):
+    _, rss, out = measured([sys.executable, os.path.abspath(__file__), "torch", model, data, args.batch, args.seq,
+                            args.steps, int(args.full), args.dtype, args.threads], stderr=subprocess.DEVNULL)
+    run = json.loads(out)
+    return run["seconds"][1:], rss, run["losses"]
+
+
+def show(name, program, runs, args):
+    seconds = [second for run in runs for second in run[0]]
+    losses = runs[-1][2]
     print("%-24s %-8s %10.1f %12.0f %10.5f %10.5f" % (name, program, args.batch * args.seq / statistics.median(seconds),
-                                                      rss / 1e6, losses[0], losses[-1]), flush=True)
+                                                      max(run[1] for run in runs) / 1e6, losses[0], losses[-1]), flush=True)
 
 
 def tokens(args):
@@ -134,8 +160,8 @@ def tokens(args):
 
 def main():
     if sys.argv[1:2] == ["torch"]:
-        directory, data, batch, seq, n, full, dtype = sys.argv[2:]
-        return torch_steps(directory, data, int(batch), int(seq), int(n), int(full), dtype)
+        directory, data, batch, seq, n, full, dtype, threads = sys.argv[2:]
+        return torch_steps(directory, data, int(batch), int(seq), int(n), int(full), dtype, int(threads))
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("mode", choices=["steps", "tokens"])
     ap.add_argument("what", nargs="+")
@@ -145,6 +171,8 @@ def main():
     ap.add_argument("--batch", type=int, default=1)
     ap.add_argument("--seq", type=int, default=128)
     ap.add_argument("--steps", type=int, default=6)
+    ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--threads", type=int, default=os.cpu_count())
     args = ap.parse_args()
     (steps if args.mode == "steps" else tokens)(args)
 
