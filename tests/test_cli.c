@@ -109,7 +109,7 @@ static void set_up(void)
 
 static void test_usage(void)
 {
-    static const char *const commands[] = { "finetune", "perplexity", "mmlu", "eval", "generate", "tokenize", "logits", "inspect", "merge", "init" };
+    static const char *const commands[] = { "finetune", "perplexity", "mmlu", "eval", "generate", "chat", "tokenize", "logits", "inspect", "merge", "init" };
     char   line[200];
     size_t i;
     expect("", 2, "finetune");
@@ -428,6 +428,30 @@ static void test_other_commands(void)
 }
 
 /* Stopped by a limit on steps that is then raised, or by its checkpoint, a run goes on as if it had not been. */
+/* A conversation through a pipe; @/adapter is there from test_finetune. */
+static void test_chat(void)
+{
+    static const char lines[] = "The cat\n\n/adapter none\n/reset\nThe cat\r\n/adapter nowhere\n/adapter adapter\n/reset\nThe cat\nand\n/frobnicate\n/exit\nnot this\n";
+    char  *answers, *first, *second, *third;
+    write_file(in_room("talk"), lines, sizeof lines - 1);
+    write_file(in_room("plain.jinja"), "{% for m in messages %}{{ m.content }}{% endfor %}", 50);
+    CHECK(run("generate --model @/q --prompt \"The cat\" --max-tokens 6 --no-special") == 0);
+    answers = strdup(out);
+    expect("chat --model @/q --adapter @/adapter --adapter second=@/adapter --chat-template @/plain.jinja --max-tokens 6 <@/talk", 0, "/frobnicate is no command");
+    CHECK_MSG(strstr(err, "nowhere") && strstr(err, "second") && !strstr(err, "> "), "%s", err);
+    first = out; second = strchr(first, '\n'); third = second ? strchr(++second, '\n') : NULL;
+    CHECK_MSG(third != NULL, "%s", out);
+    if (third) {
+        third++;
+        CHECK_MSG(!strncmp(second, answers, (size_t)(third - second)) && strlen(answers) == (size_t)(third - second), "the base answers as it generates: %s, %s", second, answers);
+        CHECK_MSG(!strncmp(first, third, (size_t)(second - first)), "the adapter that is back answers as before: %s", out);
+    }
+    free(answers);
+    expect("chat --model @/q --chat-template @/nowhere", 1, "nowhere");
+    expect("chat --model @/q --adapter @/nowhere", 1, "nowhere");
+    CHECK(run("chat --model @/q --chat-template chatml </dev/null") == 0 && !*out);
+}
+
 static void test_resume(void)
 {
     static const char flags[] = "finetune --model @/q --data @/text.txt --seq-len 8 --batch-size 2 --lora-dropout 0.1 --lr 1e-2 --max-steps 12 --lr-scheduler constant --json ";
@@ -501,6 +525,7 @@ int main(void)
     TEST(test_usage);
     TEST(test_failures);
     TEST(test_finetune);
+    TEST(test_chat);
     TEST(test_resume);
     TEST(test_loop);
     TEST(test_other_commands);

@@ -4,7 +4,7 @@
  *   object and nothing else; progress and errors to stderr. Exit status 0 done, 1 failed (with a
  *   sentence), 2 wrong usage, 130 interrupted.
  *
- *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [EXAM] [GENERATE] [TOKENIZE] [LOGITS]
+ *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [EXAM] [GENERATE] [CHAT] [TOKENIZE] [LOGITS]
  *           [INSPECT] [MERGE] [INIT] [BENCH] [MAIN] */
 #define MFT_IMPLEMENTATION
 #include "mft.h"
@@ -33,7 +33,8 @@ typedef struct options {
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
     double  eval_split;
-    const char *split, *subject, *choices;
+    const char *split, *subject, *choices, *system, *adapters[16];
+    int     n_adapters;
     int64_t fewshot;
     int     compare;
     const char *path;                       /* the one argument without a flag, where a command takes one */
@@ -111,6 +112,7 @@ static const flag flags[] = {
     { "split",              STRING,  AT(split),              0, 0, "NAME", "dev, val or test                                             [test]" },
     { "fewshot",            INTEGER, AT(fewshot),            0, 100, "N",  "worked examples before each question, from dev/              [0]" },
     { "subject",            STRING,  AT(subject),            0, 0, "NAME", "only this one, as its file is called: anatomy                [all]" },
+    { "system",             STRING,  AT(system),             0, 0, "TEXT", "what the conversation begins with, as its system message" },
     { "choices",            STRING,  AT(choices),            0, 0, "LIST", "yes,no,maybe: what each answer is one of                     [a line's \"choices\"]" },
     { "compare",            SWITCH,  AT(compare),            0, 0, NULL,   "base and --adapter side by side, with 95 % intervals of the difference" },
     { "prompt",             STRING,  AT(prompt),             0, 0, "TEXT", "what to continue" },
@@ -216,6 +218,10 @@ static int set_flag(options *o, const flag *f, const char *value)
     char  *end, *field = (char *)o + f->at;
     double number = 0;
     if (f->kind == SWITCH) { *(int *)(void *)field = 1; return 1; }
+    if (f->at == AT(adapter)) {             /* chat takes several */
+        if (o->n_adapters == (int)(sizeof o->adapters / sizeof *o->adapters)) { fprintf(stderr, "mft: more than %d adapters\n", o->n_adapters); return 0; }
+        o->adapters[o->n_adapters++] = value;
+    }
     if (f->kind == STRING) { *(const char **)(void *)field = value; return 1; }
     if (f->kind == BYTES) {
         int64_t bytes = parse_bytes(value);
@@ -1398,6 +1404,304 @@ done:
 }
 
 /* ==============================================================================
+ * MARK: - [CHAT] A conversation by lines: a terminal's or a pipe's
+ * ============================================================================== */
+enum { MOST_STOPS = 16 };
+
+typedef struct talk {
+    session                 *s;
+    const mft_chat_template *template_of;
+    mft_message             *turns;         /* contents from malloc; roles constant                      */
+    int                      n, cap;
+    int32_t                  stops[MOST_STOPS];
+    int                      n_stops;
+    stream                   out;
+    char                    *answer; size_t n_answer, cap_answer;
+} talk;
+
+static int talk_add(talk *t, const char *role, const char *content)
+{
+    char *copy = (char *)malloc(strlen(content) + 1);
+    if (t->n == t->cap) {
+        mft_message *p = (mft_message *)realloc(t->turns, (size_t)(2 * t->cap + 8) * sizeof *p);
+        if (p) { t->turns = p; t->cap = 2 * t->cap + 8; }
+    }
+    if (!copy || t->n == t->cap) { free(copy); return 0; }
+    strcpy(copy, content);
+    t->turns[t->n].role = role; t->turns[t->n++].content = copy;
+    return 1;
+}
+
+/* Forgets turns [from, from + n). */
+static void talk_forget(talk *t, int from, int n)
+{
+    int i;
+    for (i = from; i < from + n; i++) free((void *)t->turns[i].content);
+    memmove(t->turns + from, t->turns + from + n, (size_t)(t->n - from - n) * sizeof *t->turns);
+    t->n -= n;
+}
+
+static void talk_stop(talk *t, int32_t id)
+{
+    int i;
+    for (i = 0; i < t->n_stops; i++) if (t->stops[i] == id) return;
+    if (id >= 0 && t->n_stops < MOST_STOPS) t->stops[t->n_stops++] = id;
+}
+
+/* The text of a conversation, from malloc; NULL: the session has the sentence. */
+static char *talk_render(talk *t, const mft_message *turns, int n, int render_flags, mft_chat *out_chat)
+{
+    mft_chat c;
+    int64_t  bytes;
+    char    *text;
+    memset(&c, 0, sizeof c);
+    c.messages = turns; c.n_messages = n; c.flags = render_flags; c.now = (int64_t)time(NULL);
+    bytes = mft_chat_template_render(t->template_of, &c, NULL, 0);
+    text = bytes < 0 ? NULL : (char *)malloc((size_t)bytes + 1);
+    if (text) mft_chat_template_render(t->template_of, &c, text, bytes + 1);
+    if (out_chat) *out_chat = c;
+    return text;
+}
+
+/* What ends an answer: the model's and the tokenizer's end of sequence, and the special tokens that the template puts at
+ * the end of an assistant's turn. */
+static void talk_stops(talk *t)
+{
+    static const mft_message turns[2] = { { "user", "a" }, { "assistant", "b" } };
+    const mft_model_config *config = mft_model_get_config(t->s->model);
+    mft_chat      chat;
+    mft_chat_span span;
+    int32_t       ids[64];
+    int64_t       i, n;
+    char         *text = talk_render(t, turns, 2, 0, &chat);
+    for (i = 0; i < 8; i++) talk_stop(t, config->eos_token_id[i]);
+    talk_stop(t, mft_tokenizer_eos_id(t->s->tok));
+    if (text && mft_chat_template_spans(t->template_of, &chat, &span, 1) >= 1) {
+        n = mft_tokenizer_encode(t->s->tok, text + span.begin, span.end - span.begin, MFT_NO_ADD_SPECIAL, ids, 64);
+        for (i = 0; i < n && i < 64; i++) if (mft_tokenizer_is_special(t->s->tok, ids[i])) talk_stop(t, ids[i]);
+    }
+    free(text);
+}
+
+static void talk_keep(talk *t, const char *piece)
+{
+    size_t bytes = strlen(piece);
+    if (t->n_answer + bytes + 1 > t->cap_answer) {
+        char *p = (char *)realloc(t->answer, 2 * (t->n_answer + bytes) + 256);
+        if (!p) { t->out.failed = 1; return; }
+        t->answer = p; t->cap_answer = 2 * (t->n_answer + bytes) + 256;
+    }
+    memcpy(t->answer + t->n_answer, piece, bytes + 1);
+    t->n_answer += bytes;
+    fputs(piece, stdout);
+    fflush(stdout);
+}
+
+static int on_talk_token(void *user, int32_t id)
+{
+    talk       *t = (talk *)user;
+    const char *piece = mft_decoder_push(t->out.decoder, id, NULL);
+    if (piece) talk_keep(t, piece); else t->out.failed = 1;
+    return t->out.failed;
+}
+
+/* The prompt of the conversation so far; the oldest turns go when there is no room for them and an answer. */
+static int32_t *talk_prompt(const options *o, talk *t, int64_t *out_n)
+{
+    int64_t most = mft_model_get_config(t->s->model)->max_position;
+    for (;;) {
+        int      first = t->n && !strcmp(t->turns[0].role, "system");
+        char    *text = talk_render(t, t->turns, t->n, MFT_GENERATION_PROMPT, NULL);
+        int32_t *ids = text ? encode(t->s, text, -1, MFT_NO_ADD_SPECIAL, out_n) : NULL;
+        free(text);
+        if (!ids || *out_n + o->max_tokens <= most || t->n - first < 3) return ids;
+        free(ids);
+        talk_forget(t, first, 2);
+        fprintf(stderr, "mft: the two oldest turns are forgotten: the model has %lld positions\n", (long long)most);
+    }
+}
+
+/* Answers the last turn. An interruption ends the answer and keeps what was said. */
+static mft_status talk_answer(const options *o, talk *t)
+{
+    mft_generate_desc d;
+    int64_t           n = 0, got;
+    int32_t          *ids = talk_prompt(o, t, &n);
+    const char       *rest;
+    if (!ids) return MFT_ERR_INVALID_ARGUMENT;
+    generate_desc(o, &d);
+    d.seed += (uint64_t)t->n;                                   /* another draw for each turn */
+    d.stop_ids = t->stops; d.n_stop_ids = t->n_stops; d.on_token = on_talk_token; d.user = t;
+    t->n_answer = 0;
+    talk_keep(t, "");
+    signal(SIGINT, on_interrupt);
+    signal_target = t->s->ctx;
+    got = mft_generate(t->s->model, ids, n, &d, NULL, 0);
+    signal_target = NULL;
+    mft_cancel(t->s->ctx, 0);
+    free(ids);
+    rest = mft_decoder_finish(t->out.decoder, NULL);
+    if (rest) talk_keep(t, rest);
+    printf("\n");
+    fflush(stdout);
+    if (got < 0 && got != MFT_ERR_CANCELLED) return (mft_status)got;
+    return !t->out.failed && talk_add(t, "assistant", t->answer) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+/* What an adapter is called: NAME of NAME=DIR, else its directory's name. */
+static void adapter_name(const char *given, char *name, size_t cap, const char **out_dir)
+{
+    const char *equals = strchr(given, '='), *slash;
+    size_t      n = strlen(given);
+    *out_dir = equals ? equals + 1 : given;
+    if (equals) { snprintf(name, cap, "%.*s", (int)(equals - given), given); return; }
+    while (n > 1 && given[n - 1] == '/') n--;
+    for (slash = given + n; slash > given && slash[-1] != '/'; slash--) {}
+    snprintf(name, cap, "%.*s", (int)(given + n - slash), slash);
+}
+
+static void list_adapters(const options *o, const talk *t)
+{
+    const char *active = mft_lora_active(t->s->model), *dir;
+    char        name[200];
+    int         i;
+    fprintf(stderr, "  none%s\n", active ? "" : "  (active)");
+    for (i = 0; i < o->n_adapters; i++) {
+        adapter_name(o->adapters[i], name, sizeof name, &dir);
+        fprintf(stderr, "  %s%s\n", name, active && !strcmp(active, name) ? "  (active)" : "");
+    }
+}
+
+/* A line that begins with '/'. returns 0 at the end of the conversation. */
+static int talk_command(const options *o, talk *t, char *line)
+{
+    char *word = line + strcspn(line, " ");
+    if (*word) *word++ = '\0';
+    while (*word == ' ') word++;
+    if (!strcmp(line, "/exit")) return 0;
+    if (!strcmp(line, "/reset")) {
+        int first = t->n && !strcmp(t->turns[0].role, "system");
+        talk_forget(t, first, t->n - first);
+    } else if (!strcmp(line, "/adapter")) {
+        if (!*word) list_adapters(o, t);
+        else if (mft_lora_activate(t->s->model, strcmp(word, "none") ? word : NULL) != MFT_OK) { fail(t->s, MFT_ERR_INVALID_ARGUMENT); list_adapters(o, t); }
+        else fprintf(stderr, "mft: %s\n", strcmp(word, "none") ? word : "the base alone");
+    } else {
+        if (strcmp(line, "/help")) fprintf(stderr, "mft: %s is no command\n", line);
+        fprintf(stderr, "  /adapter [NAME]  switch to another adapter, or to none; without a name: list them\n"
+                        "  /reset           forget the conversation\n  /exit            end it, as does the end of input\n"
+                        "  Ctrl-C           end the answer\n");
+    }
+    return 1;
+}
+
+/* A line without its end, in a buffer that grows; 0 at the end of input. */
+static int read_line(char **line, size_t *cap)
+{
+    size_t n = 0;
+    int    c;
+    while ((c = getchar()) != EOF && c != '\n') {
+        if (n + 2 > *cap) {
+            char *p = (char *)realloc(*line, 2 * *cap + 256);
+            if (!p) return 0;
+            *line = p; *cap = 2 * *cap + 256;
+        }
+        (*line)[n++] = (char)c;
+    }
+    if (n && (*line)[n - 1] == '\r') n--;
+    if (*line) (*line)[n] = '\0';
+    return c != EOF || n;
+}
+
+/* --chat-template: a builtin's name or a file. */
+static mft_status talk_template(const options *o, talk *t, mft_chat_template **owned)
+{
+    static const char *const names[3] = { "bos_token", "eos_token", "pad_token" };
+    mft_context *ctx = t->s->ctx;
+    const char  *source = o->chat_template ? mft_chat_template_builtin(o->chat_template) : NULL;
+    char        *text = NULL;
+    int64_t      bytes = -1;
+    int32_t      ids[3];
+    int          i;
+    mft_status   status;
+    if (!o->chat_template) { t->template_of = mft_tokenizer_chat_template(t->s->tok); return MFT_OK; }
+    if (!source && !(source = text = read_text(o->chat_template, &bytes))) return MFT_ERR_IO;
+    status = mft_chat_template_create(ctx, source, bytes, owned);
+    free(text);
+    ids[0] = mft_tokenizer_bos_id(t->s->tok); ids[1] = mft_tokenizer_eos_id(t->s->tok); ids[2] = mft_tokenizer_pad_id(t->s->tok);
+    for (i = 0; i < 3 && status == MFT_OK; i++) {
+        char    token[256];
+        int64_t n = ids[i] < 0 ? -1 : mft_tokenizer_id_to_token(t->s->tok, ids[i], token, (int64_t)sizeof token - 1);
+        if (n < 0 || n >= (int64_t)sizeof token) continue;
+        token[n] = '\0';
+        status = mft_chat_template_set(*owned, names[i], token);
+    }
+    t->template_of = *owned;
+    return status;
+}
+
+static mft_status open_chat(const options *o, talk *t, mft_chat_template **owned)
+{
+    session    *s = t->s;
+    const char *dir;
+    char        name[200];
+    int         i;
+    mft_status  status;
+    if ((status = mft_tokenizer_load(s->ctx, o->model, &s->tok)) != MFT_OK || (status = talk_template(o, t, owned)) != MFT_OK
+        || (status = mft_model_load(s->ctx, o->model, NULL, &s->model)) != MFT_OK
+        || (status = mft_decoder_create(s->tok, MFT_SKIP_SPECIAL, &t->out.decoder)) != MFT_OK) return status;
+    for (i = 0; i < o->n_adapters && status == MFT_OK; i++) {
+        adapter_name(o->adapters[i], name, sizeof name, &dir);
+        status = mft_lora_load(s->model, dir, name);
+    }
+    return status;
+}
+
+static int run_chat(const options *given)
+{
+    options            o = *given;
+    session            s;
+    talk               t;
+    mft_chat_template *owned = NULL;
+    char              *line = NULL;
+    size_t             cap = 0;
+    mft_status         status;
+    int                exit_status, asks = isatty(0) && isatty(2);
+
+    if (!need("chat", "model", o.model)) return 2;
+    if (!o.max_tokens) o.max_tokens = 512;
+    exit_status = open_session(&o, &s);
+    if (exit_status) return exit_status;
+    memset(&t, 0, sizeof t);
+    t.s = &s;
+    if ((status = open_chat(&o, &t, &owned)) != MFT_OK) goto failed;
+    if (!t.template_of) {
+        fprintf(stderr, "mft: %s has no chat template: give one (--chat-template chatml, gemma, llama3, llama2, zephyr or a file), or use mft generate\n", o.model);
+        exit_status = 1;
+        goto done;
+    }
+    talk_stops(&t);
+    if (o.system && !talk_add(&t, "system", o.system)) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+    signal_target = NULL;                                       /* while we wait, Ctrl-C ends us */
+    if (asks) fprintf(stderr, "/help tells the commands\n");
+    for (;;) {
+        if (asks) fputs("> ", stderr);
+        if (!read_line(&line, &cap)) break;
+        if (!line || !line[strspn(line, " \t")]) continue;
+        if (line[0] == '/') { if (!talk_command(&o, &t, line)) break; continue; }
+        if (!talk_add(&t, "user", line)) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
+        if ((status = talk_answer(&o, &t)) != MFT_OK) goto failed;
+    }
+    goto done;
+failed:
+    exit_status = fail(&s, status);
+done:
+    talk_forget(&t, 0, t.n);
+    free(t.turns); free(t.answer); free(line);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
  * MARK: - [TOKENIZE]
  * ============================================================================== */
 
@@ -1842,6 +2146,8 @@ static const command commands[] = {
       "  mft eval --model gpt2 --data pubmedqa/test.jsonl --choices yes,no,maybe\n  mft eval --model gpt2 --adapter adapter --data held-out.jsonl --max-tokens 32 --compare\n", run_eval },
     { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos" COMMON,
       "  mft generate --model gpt2 --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95\n", run_generate },
+    { "chat", "a conversation with a model and its adapters", "model adapter chat-template system max-tokens temperature top-k top-p repetition-penalty seed threads kernels precision",
+      "  mft chat --model Qwen2.5-0.5B-Instruct --adapter mail --adapter health --temperature 0.7\n  echo \"Who are you?\" | mft chat --model gemma-3-270m-it\n", run_chat },
     { "tokenize", "text to token ids and back", "model text file decode jsonl no-special" COMMON,
       "  mft tokenize --model gpt2 --text \"Hello world\"\n  mft tokenize --model gpt2 --decode \"15496 995\"\n", run_tokenize },
     { "logits", "the model's logits for rows of token ids, as safetensors", "model adapter tokens seq-len output" COMMON,
