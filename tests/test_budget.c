@@ -148,10 +148,10 @@ static void test_budgets(void)
         int    last_batch = 0, last_recomputed = 1000, splits = 0, recomputes = 0;
         char   what[100];
         memset(&w, 0, sizeof w);
-        w.checkpointing = -1; w.full = f == 0; w.targets_mlp = f == 1;
+        w.threads = 1; w.checkpointing = -1; w.full = f == 0; w.targets_mlp = f == 1;   /* workspaces are per thread: alone, the levers show */
         CHECK(train(fixtures[f], w, &plain) == MFT_OK);
         w.checkpointing = 0;
-        for (budget = plain.plan.total / 100 * 102; budget > ((size_t)4 << 20) && !least; budget -= plain.plan.step / 12) {
+        for (budget = plain.plan.total / 100 * 102; budget > ((size_t)4 << 20) && !least; budget -= plain.plan.step / 48) {
             mft_status s;
             w.budget = budget;
             s = train(fixtures[f], w, &r);
