@@ -1530,10 +1530,37 @@ static void mft__to_float(float *dst, const void *src, mft_dtype dtype, int64_t 
     }
 }
 
-/* dst (f32, f16 or bf16) = src */
+/* 32 numbers as one block, rounded as ggml's reference does: q8_0 scales the greatest magnitude to 127; q4_0 the
+ * number that has it to -8, which is one step more than 7. A block with NaN or infinity gets the scale NaN. */
+static void mft__quantize_block(uint8_t *b, mft_dtype dtype, const float *x)
+{
+    float    most = 0, signed_most = 0, scale, inverse;
+    int      k, finite = 1;
+    uint16_t h;
+    for (k = 0; k < 32; k++) {
+        finite &= fabsf(x[k]) <= 3.4028235e38f;
+        if (fabsf(x[k]) > most) { most = fabsf(x[k]); signed_most = x[k]; }
+    }
+    scale   = dtype == MFT_Q8_0 ? most / 127 : signed_most / -8;
+    inverse = finite && scale != 0 ? 1 / scale : 0;
+    h = finite ? mft__float_to_f16(scale) : 0x7e00;
+    b[0] = (uint8_t)(h & 255); b[1] = (uint8_t)(h >> 8);
+    if (dtype == MFT_Q8_0) {
+        for (k = 0; k < 32; k++) b[2 + k] = finite ? (uint8_t)(int8_t)roundf(x[k] * inverse) : 1;
+        return;
+    }
+    for (k = 0; k < 16; k++) {
+        int low = finite ? (int)(x[k] * inverse + 8.5f) : 0, high = finite ? (int)(x[k + 16] * inverse + 8.5f) : 0;
+        b[2 + k] = (uint8_t)((low < 15 ? low : 15) | (high < 15 ? high : 15) << 4);
+    }
+}
+
+/* dst = src; for quantised types n is a multiple of 32 */
 static void mft__from_float(void *dst, mft_dtype dtype, const float *src, int64_t n)
 {
     int64_t i;
+    if (mft__is_quantized(dtype))
+        for (i = 0; i < n; i += 32) mft__quantize_block((uint8_t *)dst + mft_dtype_bytes(dtype, i), dtype, src + i);
     if (dtype == MFT_F32)  memcpy(dst, src, (size_t)n * 4);
     if (dtype == MFT_F16)  for (i = 0; i < n; i++) ((uint16_t *)dst)[i] = mft__float_to_f16(src[i]);
     if (dtype == MFT_BF16) for (i = 0; i < n; i++) ((uint16_t *)dst)[i] = mft__float_to_bf16(src[i]);
@@ -3897,7 +3924,7 @@ MFT_API mft_tensor *mft_dora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     mft_tensor *inverse, *gain, *dropped, *y;
     int64_t     i;
     if (!mft__op_inputs(ctx, "mft_dora_linear", ctx && mft__fresh(x) && mft__fresh(w) && mft__fresh(a) && mft__fresh(b) && mft__fresh(magnitude))) return NULL;
-    if (w->ndim != 2 || magnitude->ndim != 1 || magnitude->shape[0] != w->shape[0]) return mft__op_shapes(ctx, "mft_dora_linear", w, magnitude);
+    if (w->ndim != 2 || magnitude->ndim != 1 || magnitude->shape[0] != w->shape[0] || (mft__is_quantized(w->dtype) && w->stride[1] != 1)) return mft__op_shapes(ctx, "mft_dora_linear", w, magnitude);
     if (a->ndim != 2 || b->ndim != 2 || !mft__plain(a) || !mft__plain(b) || a->shape[1] != w->shape[1] || b->shape[0] != w->shape[0]
         || b->shape[1] != a->shape[0]) return mft__op_shapes(ctx, "mft_dora_linear", a, b);
     if (!(inverse = mft__result(ctx, 1, magnitude->shape))) return NULL;

@@ -368,7 +368,9 @@ MFT_API const char *mft_family_lora_targets(mft_family family);
 typedef struct mft_model mft_model;         /* held */
 
 typedef struct mft_model_desc {
-    const char *weights;                    /* storage of frozen weights: "f32", "f16", "bf16", "q8_0", "q4_0"  [NULL = as the file has them, in place] */
+    const char *weights;                    /* storage of frozen weights: "f32", "f16", "bf16"; "q8_0", "q4_0": of the matrices in
+                                               blocks, while embeddings and head, and rows that are no multiple of 32, stay as they
+                                               are; converted piece by piece         [NULL = as the file has them, in place] */
     int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
     int         grad_checkpointing;         /* keep each block's input only, recompute the rest: 1 in all blocks, -1 in none
                                                [0 = a trainer picks the fewest blocks, see mft_plan; without one, none]  */
@@ -9929,6 +9931,8 @@ static int mft__weights_dtype(const char *name)
     if (!strcmp(name, "f32"))  return MFT_F32;
     if (!strcmp(name, "f16"))  return MFT_F16;
     if (!strcmp(name, "bf16")) return MFT_BF16;
+    if (!strcmp(name, "q8_0")) return MFT_Q8_0;
+    if (!strcmp(name, "q4_0")) return MFT_Q4_0;
     return -1;
 }
 
@@ -9952,6 +9956,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     const mft_safetensors_entry *e = mft__find_parameter(m, p->name);
     int64_t      shape[2];
     int          ndim = in ? 2 : 1, train = m->desc.train_all, convert = m->desc.weights ? mft__weights_dtype(m->desc.weights) : -1;
+    int          in_block = strstr(p->name, ".layers.") || strstr(p->name, ".h.");
     const void  *bytes = NULL;
     const char  *file;
     mft_dtype    dtype;
@@ -9972,6 +9977,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     if (!mft__is_float(e->dtype)) return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s has dtype %s, not a float", file, e->name, e->dtype_name);
     p->file_dtype = e->dtype;
     dtype = train || ndim == 1 ? MFT_F32 : convert >= 0 ? (mft_dtype)convert : e->dtype;
+    if (mft__is_quantized(dtype) && (!in_block || shape[1] % 32)) dtype = e->dtype;
     if (dtype == e->dtype && ndim == 2 && !train) {             /* in place, if it lies as its numbers need */
         bytes = mft_safetensors_map(m->files, e);
         if (!bytes) return MFT_ERR_IO;
@@ -9983,6 +9989,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     if (!bytes) {
         mft_status s = mft_safetensors_read(m->files, e, p->t);
         if (s != MFT_OK) return s;
+        mft__safetensors_drop(m->files, e);                     /* not held twice */
         if (mft__has_nonfinite(ctx->kernels, p->t->data, dtype, mft_tensor_numel(p->t)))
             return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s holds NaN or infinity", file, e->name);
     }
@@ -10079,6 +10086,16 @@ static mft_status mft__load_weights(mft_model *m)
 }
 
 static void mft__drop_pages(const char *p, uint64_t bytes) { mft__file_advise(p, bytes, 0); }
+
+/* What would write weights back needs them as the snapshot has them. */
+static mft_status mft__refuse_quantized(const mft_model *m, const char *call)
+{
+    int i;
+    for (i = 0; i < m->n_params; i++)
+        if (mft__is_quantized(m->params[i].t->dtype))
+            return mft__fail(m->ctx, MFT_ERR_UNSUPPORTED, "%s: %s was quantised to %s on load: load %s with its own weights for this", call, m->params[i].name, mft_dtype_name(m->params[i].t->dtype), m->dir);
+    return MFT_OK;
+}
 
 /* Drops the pages of all mapped weights. */
 static void mft__drop_weights(mft_model *m)
@@ -10181,7 +10198,7 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
     *out = NULL;
     if (!snapshot_dir) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: no directory");
     if (desc && desc->weights && mft__weights_dtype(desc->weights) < 0)
-        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: weights \"%s\" is none of f32, f16, bf16", desc->weights);
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: weights \"%s\" is none of f32, f16, bf16, q8_0, q4_0", desc->weights);
     m = (mft_model *)mft__alloc_zero(ctx, sizeof *m);
     if (!m) return MFT_ERR_OUT_OF_MEMORY;
     m->ctx = ctx; m->active = -1;
@@ -10729,6 +10746,7 @@ MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
     mft_status   s;
     if (!model || !dir) return MFT_ERR_INVALID_ARGUMENT;
     if (model->n_adapters) return mft__fail(model->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_save: merge or detach the adapter first");
+    if ((s = mft__refuse_quantized(model, "mft_model_save")) != MFT_OK) return s;
     if ((s = mft__new_dir_begin(model->ctx, dir, 0, &place)) != MFT_OK) return s;
     s = mft__model_write(model, place.work, 0);
     if (s == MFT_OK) s = mft__new_dir_commit(&place); else mft__new_dir_abort(&place);
@@ -11621,6 +11639,7 @@ MFT_API mft_status mft_lora_merge(mft_model *model)
     int           layer, k;
     if (!model) return MFT_ERR_INVALID_ARGUMENT;
     if (model->active < 0) return mft__fail(model->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_lora_merge: no adapter is active");
+    if ((s = mft__refuse_quantized(model, "mft_lora_merge")) != MFT_OK) return s;
     a = model->adapters[model->active];
     for (layer = 0; layer < model->config.n_layer && s == MFT_OK; layer++)
         for (k = 0; k < MFT__N_MODULES && s == MFT_OK; k++) {

@@ -2312,6 +2312,7 @@ static void mft__strided(const mft_tensor *t, int64_t first, int64_t n, char *bu
 static int mft__converts(mft_dtype from, mft_dtype to)
 {
     if (mft__is_quantized(from)) return 0;
+    if (mft__is_quantized(to))   return mft__is_float(from);
     return from == to || (mft__is_float(from) && mft__is_float(to)) || (from == MFT_I32 && to == MFT_I64) || (from == MFT_I64 && to == MFT_I32);
 }
 
@@ -2345,7 +2346,6 @@ MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetenso
     mft__shard *sh;
     const char *there;
     char       *direct;
-    size_t      size;
     int64_t     i, total, done;
     int         same = 1;
     mft_status  s;
@@ -2373,14 +2373,13 @@ MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetenso
         return MFT_OK;
     }
     total = mft_tensor_numel(dst);
-    size  = mft_dtype_bytes(dst->dtype, 1);
-    for (i = 0; i < total; i += MFT__PIECE) {
+    for (i = 0; i < total; i += MFT__PIECE) {                   /* quantised: whole blocks, for the last dimension is of such */
         int64_t  n  = total - i < MFT__PIECE ? total - i : (int64_t)MFT__PIECE;
         uint64_t at = (uint64_t)mft_dtype_bytes(e->dtype, i);
         size_t   bytes = mft_dtype_bytes(e->dtype, n);
         if (there) memcpy(in.bytes, there + at, bytes);     /* the file's bytes may be unaligned */
         else if ((s = mft__file_read(&sh->file, e->offset + at, in.bytes, bytes)) != MFT_OK) return s;
-        done = mft__convert(st->ctx, direct ? direct + (size_t)i * size : out.bytes, dst->dtype, in.bytes, e->dtype, n);
+        done = mft__convert(st->ctx, direct ? direct + mft_dtype_bytes(dst->dtype, i) : out.bytes, dst->dtype, in.bytes, e->dtype, n);
         if (done < n)
             return mft__tensor_fail(st->ctx, MFT_ERR_INVALID_ARGUMENT, sh->path, e->name, "element %lld is %lld, too large for I32",
                                     (long long)(i + done), (long long)((const int64_t *)(const void *)in.bytes)[done]);

@@ -100,6 +100,7 @@ static const flag flags[] = {
     { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
     { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute every block in the backward pass: least memory     [as many as it takes]" },
+    { "quantize",           STRING,  AT(quantize),           0, 0, "KIND", "hold the frozen blocks as q8_0 or q4_0                       [none]" },
     { "no-grad-checkpointing", SWITCH,  AT(no_grad_checkpointing), 0, 0, NULL, "recompute none: fastest" },
     { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory to use, weights in it: 512M, 2G                  [no limit]" },
     { "checkpoint-save-steps", INTEGER, AT(checkpoint_save_steps), 1, MANY, "N", "save a checkpoint every N steps" },
@@ -533,12 +534,12 @@ static int close_session(session *s, int exit_status)
 
 static int open_session(const options *o, session *s)
 {
-    static const char *const precisions[] = { "f32", "bf16", NULL };
+    static const char *const precisions[] = { "f32", "bf16", NULL }, *const storages[] = { "none", "q8_0", "q4_0", NULL };
     mft_context_desc d;
     mft_status       status;
     int              precision = choice("precision", o->precision, precisions);
     memset(s, 0, sizeof *s);
-    if (precision < 0) return 2;
+    if (precision < 0 || choice("quantize", o->quantize, storages) < 0) return 2;
     memset(&d, 0, sizeof d);
     d.n_threads = (int)o->threads; d.kernels = o->kernels; d.precision = (mft_precision)precision;
     d.memory_budget = (size_t)o->memory_budget; d.seed = (uint64_t)o->seed; d.log = on_log; d.log_user = &s->n_skipped;
@@ -561,7 +562,12 @@ static int open_session(const options *o, session *s)
 
 static mft_status load_model(const options *o, session *s, const mft_model_desc *desc)
 {
-    mft_status status = mft_model_load(s->ctx, o->model, desc, &s->model);
+    mft_model_desc d;
+    mft_status     status;
+    memset(&d, 0, sizeof d);
+    if (desc) d = *desc;
+    if (o->quantize && strcmp(o->quantize, "none")) d.weights = o->quantize;
+    status = mft_model_load(s->ctx, o->model, &d, &s->model);
     if (status == MFT_OK && o->adapter) status = mft_lora_load(s->model, o->adapter, NULL);
     return status;
 }
@@ -905,6 +911,7 @@ static int finetune_flags_fit(const options *o)
         wrong = "--full trains the weights themselves: it takes no --adapter and no --lora flags";
     if (o->adapter && (o->lora_rank || o->lora_modules || o->use_dora || o->use_rslora))
         wrong = "--adapter says rank and modules itself: leave --lora-rank, --lora-modules, --use-dora, --use-rslora out";
+    if (o->full && o->quantize && strcmp(o->quantize, "none")) wrong = "--quantize is for a frozen base: not with --full";
     if (o->max_steps && o->epochs) wrong = "--epochs or --max-steps, not both";
     if (o->eval_data && o->eval_split > 0) wrong = "--eval-data or --eval-split, not both";
     if (wrong) fprintf(stderr, "mft finetune: %s\n", wrong);
@@ -2131,20 +2138,20 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
-      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle grad-checkpointing no-grad-checkpointing memory-budget "
+      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
       "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
       "  mft finetune --model gpt2 --data mail.jsonl --eval-split 0.1 --eval-steps 50 --load-best --checkpoint-save-steps 50 --save-total-limit 2 --output adapter\n"
       "  mft finetune --config adapter/finetune.yaml --resume-from latest\n", run_finetune },
-    { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride compare" COMMON,
+    { "perplexity", "how well a model predicts a text", "model adapter data format seq-len stride compare quantize" COMMON,
       "  mft perplexity --model gpt2 --data wiki.test.raw --seq-len 1024 --stride 512\n", run_perplexity },
     { "mmlu", "multiple choice questions as in MMLU, per subject", "model adapter data split fewshot subject compare output" COMMON,
       "  mft mmlu --model gpt2 --data mmlu --fewshot 5\n  mft mmlu --model gpt2 --adapter adapter --data mmlu --subject anatomy --compare\n", run_mmlu },
     { "eval", "questions with known answers: choices, exact match, likelihood", "model adapter data choices max-tokens chat-template prompt-key completion-key messages-key skip-bad-lines compare output" COMMON,
       "  mft eval --model gpt2 --data pubmedqa/test.jsonl --choices yes,no,maybe\n  mft eval --model gpt2 --adapter adapter --data held-out.jsonl --max-tokens 32 --compare\n", run_eval },
-    { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos" COMMON,
+    { "generate", "continue a prompt", "model adapter prompt max-tokens temperature top-k top-p repetition-penalty seed no-special ignore-eos quantize" COMMON,
       "  mft generate --model gpt2 --prompt \"Once upon a time\" --max-tokens 100 --temperature 0.8 --top-p 0.95\n", run_generate },
     { "chat", "a conversation with a model and its adapters", "model adapter chat-template system max-tokens temperature top-k top-p repetition-penalty seed threads kernels precision",
       "  mft chat --model Qwen2.5-0.5B-Instruct --adapter mail --adapter health --temperature 0.7\n  echo \"Who are you?\" | mft chat --model gemma-3-270m-it\n", run_chat },
