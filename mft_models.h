@@ -9925,15 +9925,23 @@ static const mft_safetensors_entry *mft__find_parameter(const mft_model *m, cons
     return NULL;
 }
 
+typedef struct mft__weights_name { const char *name; mft_dtype dtype; } mft__weights_name;
+static const mft__weights_name mft__weights_names[] = { { "f32", MFT_F32 }, { "f16", MFT_F16 }, { "bf16", MFT_BF16 }, { "q8_0", MFT_Q8_0 }, { "q4_0", MFT_Q4_0 }, { NULL, MFT_F32 } };
+
 /* "f32" and so on; -1: none of them. */
 static int mft__weights_dtype(const char *name)
 {
-    if (!strcmp(name, "f32"))  return MFT_F32;
-    if (!strcmp(name, "f16"))  return MFT_F16;
-    if (!strcmp(name, "bf16")) return MFT_BF16;
-    if (!strcmp(name, "q8_0")) return MFT_Q8_0;
-    if (!strcmp(name, "q4_0")) return MFT_Q4_0;
-    return -1;
+    const mft__weights_name *w = mft__weights_names;
+    while (w->name && strcmp(w->name, name)) w++;
+    return w->name ? (int)w->dtype : -1;
+}
+
+/* The same name, in constant text. */
+static const char *mft__weights_kept(const char *name)
+{
+    const mft__weights_name *w = mft__weights_names;
+    while (w->name && strcmp(w->name, name)) w++;
+    return w->name;
 }
 
 /* NaN or infinity among the numbers of a float tensor? Contiguous. */
@@ -10203,6 +10211,7 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
     if (!m) return MFT_ERR_OUT_OF_MEMORY;
     m->ctx = ctx; m->active = -1;
     if (desc) m->desc = *desc;
+    if (m->desc.weights) m->desc.weights = mft__weights_kept(m->desc.weights);      /* the caller's may go */
     mft__object_add(ctx, &m->object, mft__model_destroy_object);
     m->dir = mft__strdup(ctx, snapshot_dir);
     path   = mft__path_join(ctx, snapshot_dir, "config.json");
@@ -12382,6 +12391,7 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__json_write_open(&w, '{');
     mft__json_write_key(&w, "path");           mft__json_write_string(&w, tr->model->dir, -1);
     mft__json_write_key(&w, "model_type");     mft__json_write_string(&w, tr->model->config.model_type, -1);
+    mft__json_write_key(&w, "weights");        mft__json_write_string(&w, tr->model->desc.weights ? tr->model->desc.weights : "as stored", -1);
     mft__json_write_hex(&w, "hash", tr->base_hash);
     mft__json_write_hex(&w, "tokenizer_hash", tr->tokenizer_hash);
     mft__json_write_close(&w, '}');
@@ -12635,6 +12645,8 @@ static mft_status mft__resume_base(const mft__resume *r)
     const mft_json *base = mft_json_get(r->state, "base");
     const char     *type = mft_json_string(mft_json_get(base, "model_type"), NULL), *path = mft_json_string(mft_json_get(base, "path"), NULL);
     const mft_model *m = r->tr->model;
+    const char      *held = mft_json_string(mft_json_get(base, "weights"), NULL), *holds = m->desc.weights ? m->desc.weights : "as stored";
+    if (!held || strcmp(held, holds)) return mft__refuse(r, "the base's weights were held %.40s, here they are held %s", held ? held : "?", holds);
     if (!type || strcmp(type, m->config.model_type)) return mft__refuse(r, "the checkpoint's base is a %.40s, this one, %.200s, a %s", type ? type : "?", m->dir, m->config.model_type);
     if (mft__json_hex(mft_json_get(base, "hash")) != r->tr->base_hash)
         return mft__refuse(r, "the base is another one: %.200s has not the files that %.200s had when the checkpoint was saved", m->dir, path ? path : "?");

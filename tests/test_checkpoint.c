@@ -40,7 +40,7 @@ static void make_base(const char *name, const char *tokenizer)
 typedef struct recipe {
     const char *base;                       /* in the room ["base"]; a path with '/' is one */
     int         threads, full, rank, rows, accum, momentum, micro;
-    const char *targets;
+    const char *targets, *weights;
     float       alpha, dropout;
     double      lr;
     uint64_t    seed, data_seed;
@@ -70,7 +70,7 @@ static mft_status try_open(const recipe *k, run *r)
     mft_status       s;
     memset(r, 0, sizeof *r); memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&ld, 0, sizeof ld); memset(&dd, 0, sizeof dd); memset(&td, 0, sizeof td);
     cd.n_threads = k->threads ? k->threads : 1; cd.seed = k->seed ? k->seed : 5; cd.allocator = k->allocator; cd.log = k->log;
-    md.train_all = k->full;
+    md.train_all = k->full; md.weights = k->weights;
     ld.rank = k->rank ? k->rank : 3; ld.alpha = k->alpha; ld.dropout = k->dropout ? k->dropout : 0.2f; ld.targets = k->targets ? k->targets : "all-linear";
     dd.max_seq_len = 12; dd.seed = k->data_seed ? k->data_seed : 3;
     td.micro_batch = k->micro ? k->micro : 2; td.grad_accum = k->accum ? k->accum : 2; td.learning_rate = k->lr ? k->lr : 1e-2;
@@ -289,6 +289,7 @@ static void test_refusals(void)
     make_base("retokenized", "{\"version\": \"2\"}");
     other = k; other.base = "stranger";              refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "base is another");
     other = k; other.base = "tests/golden/gpt2";     refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "gpt2");
+    other = k; other.weights = "f16";                refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "held as stored, here they are held f16");
     other = k; other.base = "retokenized";           refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "tokenizer");
     other = k; other.rank = 4;                       refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "rank is 3, this adapter's 4");
     other = k; other.alpha = 9;                      refused(&other, dir, MFT_ERR_INVALID_ARGUMENT, "lora_alpha is 6, this adapter's 9");
