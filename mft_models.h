@@ -10113,16 +10113,23 @@ static void mft__drop_weights(mft_model *m)
     for (i = 0; i < n; i++) mft__safetensors_drop(m->files, &e[i]);
 }
 
-/* Names the first weight that is NaN or infinite, for a loss that is: looking at all of them on every load
- * would read the whole file. returns NOT_FINITE with the sentence set. */
-static mft_status mft__explain_nonfinite(mft_model *m, const char *what)
+/* The name of a weight that holds NaN or infinity; NULL if none does. Quantised ones are not looked at. */
+static const char *mft__nonfinite_weight(const mft_model *m)
 {
     int i;
     for (i = 0; i < m->n_params; i++) {
         const mft_tensor *t = m->params[i].t;
-        if (!mft__is_quantized(t->dtype) && mft__has_nonfinite(m->ctx->kernels, t->data, t->dtype, mft_tensor_numel(t)))
-            return mft__fail(m->ctx, MFT_ERR_NOT_FINITE, "%s is not finite: the weight %s of %s holds NaN or infinity", what, m->params[i].name, m->dir);
+        if (!mft__is_quantized(t->dtype) && mft__has_nonfinite(m->ctx->kernels, t->data, t->dtype, mft_tensor_numel(t))) return m->params[i].name;
     }
+    return NULL;
+}
+
+/* Names the first weight that is NaN or infinite, for a loss that is: looking at all of them on every load
+ * would read the whole file. returns NOT_FINITE with the sentence set. */
+static mft_status mft__explain_nonfinite(mft_model *m, const char *what)
+{
+    const char *name = mft__nonfinite_weight(m);
+    if (name) return mft__fail(m->ctx, MFT_ERR_NOT_FINITE, "%s is not finite: the weight %s of %s holds NaN or infinity", what, name, m->dir);
     return mft__fail(m->ctx, MFT_ERR_NOT_FINITE, "%s is not finite, though all weights are: a smaller learning rate may help", what);
 }
 
@@ -12160,14 +12167,15 @@ MFT_API void mft_trainer_report(const mft_trainer *tr, mft_trainer_info *out)
     out->step = tr->step;
 }
 
-/* A window that a step failed on, as it was not finite: the data goes on behind it, the step counts. */
+/* A window that a step failed on, as it was not finite: the data goes on behind it, the step counts. Where a weight
+ * is not finite, no other window would be. */
 static mft_status mft__skip_window(mft_trainer *tr)
 {
     mft_progress p;
     mft_batch    b;
     mft_status   s = MFT_OK;
     int          i;
-    if (tr->nonfinite_in_row >= tr->desc.max_nonfinite) return MFT_ERR_NOT_FINITE;
+    if (tr->nonfinite_in_row >= tr->desc.max_nonfinite || mft__nonfinite_weight(tr->model)) return MFT_ERR_NOT_FINITE;
     mft__log(tr->ctx, MFT_LOG_WARNING, "step %lld is skipped: %.300s", (long long)tr->step + 1, mft_error_message(tr->ctx));
     for (i = 0; i < tr->desc.grad_accum && s == MFT_OK; i++) s = mft_dataset_next(tr->data, tr->desc.micro_batch, &b);
     if (s != MFT_OK) return s;

@@ -642,6 +642,12 @@ static void test_not_finite(void)
     r = open_run(&k);
     CHECK(mft_trainer_resume(r.tr, in_room("nonfinite")) == MFT_OK && mft_trainer_run(r.tr, 2) == MFT_OK && done(&r) == 7);
     close_run(&r);
+    k.full = 1;                                                 /* a weight that is NaN: no window is passed over, it is named */
+    memset(&p, 0, sizeof p);
+    r = open_run(&k);
+    ((float *)r.m->params[2].t->data)[0] = NAN;
+    CHECK(mft_trainer_run(r.tr, 10) == MFT_ERR_NOT_FINITE && strstr(mft_error_message(r.ctx), r.m->params[2].name) && done(&r) == 0);
+    close_run(&r);
 }
 
 /* The time that is left, from measured times put in by hand: no clock is asked. */

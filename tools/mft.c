@@ -1031,9 +1031,14 @@ static int run_finetune(const options *given)
     v.began = v.shown = mft__now();
     status = mft_trainer_run(tr, steps - steps_done(tr));
     if (status != MFT_OK) goto failed;
+    mft_trainer_report(tr, &end);
+    if (end.n_skipped && end.n_skipped == end.step) {
+        fprintf(stderr, "mft finetune: no step had a finite loss and gradient: nothing was learnt, nothing is saved\n");
+        exit_status = 1;
+        goto done;
+    }
     status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
     if (status != MFT_OK) goto failed;
-    mft_trainer_report(tr, &end);
     print_result(&o, &v, &end, trainable);
     goto done;
 failed:
