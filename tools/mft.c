@@ -1448,6 +1448,7 @@ static int talk_add(talk *t, const char *role, const char *content)
 static void talk_forget(talk *t, int from, int n)
 {
     int i;
+    if (!n) return;                                             /* there may be no array yet */
     for (i = from; i < from + n; i++) free((void *)t->turns[i].content);
     memmove(t->turns + from, t->turns + from + n, (size_t)(t->n - from - n) * sizeof *t->turns);
     t->n -= n;
