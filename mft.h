@@ -2563,7 +2563,7 @@ MFT_API void mft_step_reset(mft_context *ctx)
             mft__free(ctx, c->base, c->size);
         }
         mft__arena_clear(ar);
-        mft__arena_add(ctx, total, 0);                             /* if not now, then when it is needed */
+        mft__arena_add(ctx, total, 0);                          /* if not now, then when it is needed */
     }
     mft__meta_clear(ctx);
     ctx->step_status = MFT_OK;
@@ -3774,7 +3774,7 @@ static void mft__attention_backward(mft_context *ctx, mft__record *r)
 
 MFT_API mft_tensor *mft_attention(mft_context *ctx, mft_tensor *q, mft_tensor *k, mft_tensor *v, const mft_attention_desc *desc)
 {
-    mft_attention_desc  d;
+    mft_attention_desc d;
     mft__attention_job a;
     mft__mark    mark;
     mft__record *r;

@@ -9928,20 +9928,12 @@ static const mft_safetensors_entry *mft__find_parameter(const mft_model *m, cons
 typedef struct mft__weights_name { const char *name; mft_dtype dtype; } mft__weights_name;
 static const mft__weights_name mft__weights_names[] = { { "f32", MFT_F32 }, { "f16", MFT_F16 }, { "bf16", MFT_BF16 }, { "q8_0", MFT_Q8_0 }, { "q4_0", MFT_Q4_0 }, { NULL, MFT_F32 } };
 
-/* "f32" and so on; -1: none of them. */
-static int mft__weights_dtype(const char *name)
+/* "f32" and so on; NULL: none of them. */
+static const mft__weights_name *mft__weights_find(const char *name)
 {
     const mft__weights_name *w = mft__weights_names;
     while (w->name && strcmp(w->name, name)) w++;
-    return w->name ? (int)w->dtype : -1;
-}
-
-/* The same name, in constant text. */
-static const char *mft__weights_kept(const char *name)
-{
-    const mft__weights_name *w = mft__weights_names;
-    while (w->name && strcmp(w->name, name)) w++;
-    return w->name;
+    return w->name ? w : NULL;
 }
 
 /* NaN or infinity among the numbers of a float tensor? Contiguous. */
@@ -9963,7 +9955,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     mft_context *ctx = m->ctx;
     const mft_safetensors_entry *e = mft__find_parameter(m, p->name);
     int64_t      shape[2];
-    int          ndim = in ? 2 : 1, train = m->desc.train_all, convert = m->desc.weights ? mft__weights_dtype(m->desc.weights) : -1;
+    int          ndim = in ? 2 : 1, train = m->desc.train_all, convert = m->desc.weights ? (int)mft__weights_find(m->desc.weights)->dtype : -1;
     int          in_block = strstr(p->name, ".layers.") || strstr(p->name, ".h.");
     const void  *bytes = NULL;
     const char  *file;
@@ -10212,13 +10204,13 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
     if (!ctx || !out) return MFT_ERR_INVALID_ARGUMENT;
     *out = NULL;
     if (!snapshot_dir) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: no directory");
-    if (desc && desc->weights && mft__weights_dtype(desc->weights) < 0)
+    if (desc && desc->weights && !mft__weights_find(desc->weights))
         return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: weights \"%s\" is none of f32, f16, bf16, q8_0, q4_0", desc->weights);
     m = (mft_model *)mft__alloc_zero(ctx, sizeof *m);
     if (!m) return MFT_ERR_OUT_OF_MEMORY;
     m->ctx = ctx; m->active = -1;
     if (desc) m->desc = *desc;
-    if (m->desc.weights) m->desc.weights = mft__weights_kept(m->desc.weights);      /* the caller's may go */
+    if (m->desc.weights) m->desc.weights = mft__weights_find(m->desc.weights)->name;      /* the caller's may go */
     mft__object_add(ctx, &m->object, mft__model_destroy_object);
     m->dir = mft__strdup(ctx, snapshot_dir);
     path   = mft__path_join(ctx, snapshot_dir, "config.json");
