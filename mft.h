@@ -4501,35 +4501,162 @@ MFT_API mft_status mft_backward(mft_context *ctx, mft_tensor *loss)
 /* ==============================================================================
  * MARK: - [OPTIMIZER] Norm, clipping, AdamW, SGD, schedules
  * ============================================================================== */
+/* ---- methods: what each keeps of a parameter, and the update of one parameter ---- */
+enum { MFT__MAX_STATES = 4 };
+
+/* One buffer of what a method keeps of a parameter: saved as NAME.suffix, zeroed at the start. */
+typedef struct mft__state_layout { const char *suffix; mft_dtype dtype; int ndim; int64_t shape[MFT_MAX_DIMS]; } mft__state_layout;
+
+/* The update of one parameter, with all it reads and writes. Parameters do not know of each other: they may be
+ * updated one by one, in any order, the buffers being wherever the caller has them just then. */
+typedef struct mft__update {
+    mft_tensor  *p;
+    const float *g;                         /* laid out as p                                         */
+    void        *state[MFT__MAX_STATES];    /* in the order of the method's layouts                  */
+    int64_t      step;                      /* 1 is the first                                        */
+    double       learning_rate, weight_decay, grad_scale;        /* g counts times grad_scale        */
+} mft__update;
+
+typedef struct mft__method {
+    int        (*layouts)(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES]);    /* returns how many */
+    mft_status (*update) (mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u);
+} mft__method;
+
+/* The next layout, for f32 numbers of p's shape. */
+static int mft__state_like(mft__state_layout *out, int n, const char *suffix, const mft_tensor *p)
+{
+    out[n].suffix = suffix; out[n].dtype = MFT_F32; out[n].ndim = p->ndim;
+    memcpy(out[n].shape, p->shape, sizeof out[n].shape);
+    return n + 1;
+}
+
+typedef struct mft__update_task {
+    const mft__kernels *k;
+    mft__adamw   c;
+    float       *p, *m, *v;
+    const float *g;
+    float        lr, momentum;
+    int          first;
+} mft__update_task;
+
+static void mft__update_constants(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u, mft__update_task *t)
+{
+    double c1 = 1 - pow(d->beta1, (double)u->step), c2 = 1 - pow(d->beta2, (double)u->step);
+    memset(t, 0, sizeof *t);
+    t->k = ctx->kernels;
+    t->c.lr_over_c1  = (float)(u->learning_rate / c1);
+    t->c.decay       = (float)(1 - u->learning_rate * u->weight_decay);
+    t->c.beta1       = (float)d->beta1; t->c.one_minus_beta1 = (float)(1 - d->beta1);
+    t->c.beta2       = (float)d->beta2; t->c.one_minus_beta2 = (float)(1 - d->beta2);
+    t->c.eps         = (float)d->eps;
+    t->c.inv_sqrt_c2 = (float)(1 / sqrt(c2));
+    t->c.grad_scale  = (float)u->grad_scale;
+    t->p = (float *)u->p->data; t->g = u->g;
+    t->lr = (float)u->learning_rate; t->momentum = (float)d->momentum; t->first = u->step == 1;
+}
+
+/* ---- AdamW ---- */
+static int mft__adamw_layouts(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES])
+{
+    (void)d;
+    return mft__state_like(out, mft__state_like(out, 0, "exp_avg", p), "exp_avg_sq", p);
+}
+
+static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__update_task *t = (mft__update_task *)arg;
+    (void)worker;
+    t->k->adamw(t->p + begin, t->m + begin, t->v + begin, t->g + begin, end - begin, &t->c);
+}
+
+static mft_status mft__adamw_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
+{
+    mft__update_task t;
+    mft__update_constants(ctx, d, u, &t);
+    t.m = (float *)u->state[0]; t.v = (float *)u->state[1];
+    mft__parallel(ctx, mft_tensor_numel(u->p), MFT__VECTOR_GRAIN, mft__adamw_run, &t);
+    return MFT_OK;
+}
+
+/* ---- SGD, torch.optim's: buf = momentum buf + g (the first: g); p -= lr (momentum ? buf : g); decay decoupled here ---- */
+static int mft__sgd_layouts(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES])
+{
+    return d->momentum != 0 ? mft__state_like(out, 0, "momentum", p) : 0;
+}
+
+static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__update_task *t = (mft__update_task *)arg;
+    int64_t i;
+    (void)worker;
+    for (i = begin; i < end; i++) {
+        float g = t->g[i] * t->c.grad_scale;
+        if (t->m) g = t->m[i] = t->first ? g : t->momentum * t->m[i] + g;
+        t->p[i] = t->p[i] * t->c.decay - t->lr * g;
+    }
+}
+
+static mft_status mft__sgd_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
+{
+    mft__update_task t;
+    mft__update_constants(ctx, d, u, &t);
+    t.m = (float *)u->state[0];                                 /* NULL without momentum */
+    mft__parallel(ctx, mft_tensor_numel(u->p), MFT__VECTOR_GRAIN, mft__sgd_run, &t);
+    return MFT_OK;
+}
+
+static const mft__method mft__methods[] = {                     /* in the order of mft_optimizer_kind */
+    { mft__adamw_layouts, mft__adamw_update },
+    { mft__sgd_layouts,   mft__sgd_update   }
+};
+enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
+
+/* ---- the optimizer: a method, and its state of every parameter ---- */
+typedef struct mft__slot {
+    mft_tensor *p;
+    mft_tensor *state[MFT__MAX_STATES];
+    int         n_states;
+    int         no_decay;
+} mft__slot;
+
 struct mft_optimizer {
     mft__object    object;
     mft_context   *ctx;
     mft_optimizer_desc desc;
-    mft_tensor   **params;
-    mft_tensor   **m, **v;                  /* moments; SGD with momentum has m only, without neither */
-    unsigned char *no_decay;
-    char         (*names)[2][176];
+    mft__slot     *slots;
     mft_tensor    *step;                    /* i64 [1] */
     int            n;
 };
+
+static void mft__state_destroy(mft_context *ctx, mft_tensor *t)
+{
+    char *name = t ? (char *)(uintptr_t)t->name : NULL;
+    mft_tensor_destroy(ctx, t);
+    mft__strfree(ctx, name);
+}
+
+/* NAME.suffix for a state of parameter number i; freed with mft__strfree */
+static char *mft__state_text(mft_context *ctx, const mft_tensor *p, int i, const char *suffix)
+{
+    char   number[32];
+    size_t bytes;
+    char  *name;
+    snprintf(number, sizeof number, "parameter%d", i);
+    bytes = strlen(p->name ? p->name : number) + strlen(suffix) + 2;
+    if ((name = (char *)mft__alloc(ctx, bytes)) != NULL) snprintf(name, bytes, "%s.%s", p->name ? p->name : number, suffix);
+    return name;
+}
 
 static void mft__optimizer_destroy_object(void *self)
 {
     mft_optimizer *opt = (mft_optimizer *)self;
     mft_context   *ctx = opt->ctx;
-    size_t         n = (size_t)opt->n;
-    int            i;
+    int            i, k;
     mft__object_remove(&opt->object);
-    for (i = 0; i < opt->n; i++) {
-        if (opt->m) mft_tensor_destroy(ctx, opt->m[i]);
-        if (opt->v) mft_tensor_destroy(ctx, opt->v[i]);
-    }
+    for (i = 0; opt->slots && i < opt->n; i++)
+        for (k = 0; k < opt->slots[i].n_states; k++) mft__state_destroy(ctx, opt->slots[i].state[k]);
     mft_tensor_destroy(ctx, opt->step);
-    mft__free(ctx, opt->params, n * sizeof *opt->params);
-    mft__free(ctx, opt->m, n * sizeof *opt->m);
-    mft__free(ctx, opt->v, n * sizeof *opt->v);
-    mft__free(ctx, opt->no_decay, n);
-    mft__free(ctx, opt->names, n * sizeof *opt->names);
+    mft__free(ctx, opt->slots, (size_t)opt->n * sizeof *opt->slots);
     mft__free(ctx, opt, sizeof *opt);
 }
 
@@ -4537,26 +4664,41 @@ MFT_API void mft_optimizer_destroy(mft_optimizer *opt) { if (opt) mft__optimizer
 
 static double mft__default(double value, double otherwise) { return value != 0 ? value : otherwise; }
 
-/* A moment of parameter number i: its shape and layout, zeroed, named NAME.suffix. */
-static mft_tensor *mft__moment(mft_context *ctx, const mft_tensor *p, int i, char *name, size_t name_bytes, const char *suffix)
+/* Where the bytes of states come from: take returns `bytes` zeroed ones that outlive the optimizer, or NULL with
+ * the error set. Without one they are the optimizer's own, from the context's allocator. */
+typedef struct mft__state_source { void *(*take)(void *user, size_t bytes); void *user; } mft__state_source;
+
+/* The state of parameter number i, as the method lays it out. */
+static int mft__slot_states(mft_optimizer *opt, int i, const mft__state_source *from)
 {
-    mft_tensor *t = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_F32, p->ndim, p->shape, NULL);
-    if (!t) return NULL;
-    memcpy(t->stride, p->stride, sizeof t->stride);
-    if (p->name) snprintf(name, name_bytes, "%s.%s", p->name, suffix);
-    else         snprintf(name, name_bytes, "parameter%d.%s", i, suffix);
-    t->name = name;
-    return t;
+    mft_context      *ctx = opt->ctx;
+    mft__slot        *s = &opt->slots[i];
+    mft__state_layout all[MFT__MAX_STATES];
+    int               k, n;
+    memset(all, 0, sizeof all);
+    n = mft__methods[opt->desc.kind].layouts(&opt->desc, s->p, all);
+    for (k = 0; k < n; k++) {
+        const mft__state_layout *w = &all[k];
+        mft_tensor *t, shaped = *s->p;
+        void       *place = NULL;
+        memcpy(shaped.shape, w->shape, sizeof shaped.shape);
+        shaped.ndim = w->ndim;
+        if (from && !(place = from->take(from->user, mft_dtype_bytes(w->dtype, mft_tensor_numel(&shaped))))) return 0;
+        if (!(t = mft__tensor_held(ctx, MFT__OPTIMIZER, w->dtype, w->ndim, w->shape, place))) return 0;
+        if (mft__same_shape(t, s->p)) memcpy(t->stride, s->p->stride, sizeof t->stride);
+        s->state[k] = t; s->n_states = k + 1;
+        if (!(t->name = mft__state_text(ctx, s->p, i, w->suffix))) return 0;
+    }
+    return 1;
 }
 
-MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
-                                        const unsigned char *no_decay, int n_params, mft_optimizer **out)
+/* mft_optimizer_create with the states' bytes from `from`, if that is not NULL. */
+static mft_status mft__optimizer_create_from(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
+                                             const unsigned char *no_decay, int n_params, const mft__state_source *from, mft_optimizer **out)
 {
-    mft_optimizer_desc zero;
     mft_optimizer *opt;
-    size_t  n = (size_t)n_params;
     int64_t one = 1;
-    int     i, two_moments, any_moment;
+    int     i;
 
     if (!ctx || !out) return MFT_ERR_INVALID_ARGUMENT;
     *out = NULL;
@@ -4568,31 +4710,26 @@ MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_de
                  || !(desc->weight_decay >= 0) || desc->max_grad_norm != desc->max_grad_norm))
         return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: beta1 %g, beta2 %g are in [0, 1), eps %g, momentum %g, weight_decay %g not negative, max_grad_norm %g a number",
                          desc->beta1, desc->beta2, desc->eps, desc->momentum, desc->weight_decay, desc->max_grad_norm);
-    memset(&zero, 0, sizeof zero);
+    if (desc && ((int)desc->kind < 0 || (int)desc->kind >= (int)MFT__N_METHODS))
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: there is no method number %d", (int)desc->kind);
     opt = (mft_optimizer *)mft__alloc_zero(ctx, sizeof *opt);
     if (!opt) return MFT_ERR_OUT_OF_MEMORY;
-    opt->ctx = ctx; opt->n = n_params; opt->desc = desc ? *desc : zero;
+    opt->ctx = ctx; opt->n = n_params;
+    if (desc) opt->desc = *desc;
     opt->desc.beta1 = mft__default(opt->desc.beta1, 0.9);
     opt->desc.beta2 = mft__default(opt->desc.beta2, 0.999);
     opt->desc.eps   = mft__default(opt->desc.eps, 1e-8);
     opt->desc.max_grad_norm = mft__default(opt->desc.max_grad_norm, 1.0);
-    two_moments = opt->desc.kind == MFT_ADAMW;
-    any_moment  = two_moments || opt->desc.momentum != 0;
     mft__object_add(ctx, &opt->object, mft__optimizer_destroy_object);
 
-    opt->params   = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->params);
-    opt->no_decay = (unsigned char *)mft__alloc_zero(ctx, n);
-    opt->names    = (char (*)[2][176])mft__alloc_zero(ctx, n * sizeof *opt->names);
-    opt->step     = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_I64, 1, &one, NULL);
-    if (any_moment)  opt->m = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->m);
-    if (two_moments) opt->v = (mft_tensor **)mft__alloc_zero(ctx, n * sizeof *opt->v);
-    if (!opt->params || !opt->no_decay || !opt->names || !opt->step || (any_moment && !opt->m) || (two_moments && !opt->v)) goto fail;
+    opt->slots = (mft__slot *)mft__alloc_zero(ctx, (size_t)n_params * sizeof *opt->slots);
+    opt->step  = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_I64, 1, &one, NULL);
+    if (!opt->slots || !opt->step) goto fail;
     opt->step->name = "step";
     for (i = 0; i < n_params; i++) {
-        opt->params[i] = params[i];
-        if (no_decay) opt->no_decay[i] = no_decay[i];
-        if (any_moment && !(opt->m[i] = mft__moment(ctx, params[i], i, opt->names[i][0], sizeof opt->names[i][0], two_moments ? "exp_avg" : "momentum"))) goto fail;
-        if (two_moments && !(opt->v[i] = mft__moment(ctx, params[i], i, opt->names[i][1], sizeof opt->names[i][1], "exp_avg_sq"))) goto fail;
+        opt->slots[i].p = params[i];
+        opt->slots[i].no_decay = no_decay && no_decay[i];
+        if (!mft__slot_states(opt, i, from)) goto fail;
     }
     *out = opt;
     return MFT_OK;
@@ -4601,21 +4738,25 @@ fail:
     return MFT_ERR_OUT_OF_MEMORY;
 }
 
+MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
+                                        const unsigned char *no_decay, int n_params, mft_optimizer **out)
+{
+    return mft__optimizer_create_from(ctx, desc, params, no_decay, n_params, NULL, out);
+}
+
 MFT_API void mft_optimizer_zero_grad(mft_optimizer *opt)
 {
     int i;
     if (!opt) return;
-    for (i = 0; i < opt->n; i++) mft__of(opt->params[i])->grad_written = 0;     /* the next backward overwrites */
+    for (i = 0; i < opt->n; i++) mft__of(opt->slots[i].p)->grad_written = 0;    /* the next backward overwrites */
 }
 
 MFT_API int mft_optimizer_state(mft_optimizer *opt, mft_tensor **out, int cap)
 {
-    int i, n = 0;
+    int i, k, n = 0;
     if (!opt) return 0;
-    for (i = 0; i < opt->n; i++) {
-        if (opt->m) { if (n < cap) out[n] = opt->m[i]; n++; }
-        if (opt->v) { if (n < cap) out[n] = opt->v[i]; n++; }
-    }
+    for (i = 0; i < opt->n; i++)
+        for (k = 0; k < opt->slots[i].n_states; k++, n++) if (n < cap) out[n] = opt->slots[i].state[k];
     if (n < cap) out[n] = opt->step;
     return n + 1;
 }
@@ -4628,97 +4769,73 @@ static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
     t->partial[begin / MFT__VECTOR_GRAIN] = t->k->sum_squares(t->g + begin, end - begin);
 }
 
-typedef struct mft__update_task {
-    const mft__kernels *k;
-    const mft__adamw   *c;
-    float *p, *m, *v, *g;
-    float  lr, momentum;
-    int    first;
-} mft__update_task;
-static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    mft__update_task *t = (mft__update_task *)arg;
-    (void)worker;
-    t->k->adamw(t->p + begin, t->m + begin, t->v + begin, t->g + begin, end - begin, t->c);
-}
-
-/* torch.optim.SGD: buf = momentum buf + g (the first: g); p -= lr (momentum ? buf : g); decay decoupled here */
-static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    mft__update_task *t = (mft__update_task *)arg;
-    int64_t i;
-    (void)worker;
-    for (i = begin; i < end; i++) {
-        float g = t->g[i] * t->c->grad_scale;
-        if (t->m) g = t->m[i] = t->first ? g : t->momentum * t->m[i] + g;
-        t->p[i] = t->p[i] * t->c->decay - t->lr * g;
-    }
-}
-
-/* The 2-norm of all gradients, summed in double in a fixed order; a parameter no backward has reached
+/* The sum of squares of a parameter's gradient, in double in a fixed order; a parameter no backward has reached
  * since it was zeroed counts as zeros. Negative when memory is out. */
-static double mft__grad_norm(mft_optimizer *opt)
+static double mft__grad_squares(mft_context *ctx, mft_tensor *p)
 {
-    mft_context *ctx = opt->ctx;
-    double       total = 0;
-    int          i;
-    for (i = 0; i < opt->n; i++) {
-        mft_tensor    *p = opt->params[i];
-        int64_t        n = mft_tensor_numel(p), c, chunks = (n + MFT__VECTOR_GRAIN - 1) / MFT__VECTOR_GRAIN;
-        mft__norm_task t;
-        if (!p->grad || !mft__of(p)->grad_written) continue;
-        t.k = ctx->kernels; t.g = (const float *)p->grad->data;
-        t.partial = (double *)mft__high(ctx, (size_t)chunks * sizeof(double));
-        if (!t.partial) return -1;
-        mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__norm_run, &t);
-        for (c = 0; c < chunks; c++) total += t.partial[c];
-        mft__high_free(ctx, t.partial, (size_t)chunks * sizeof(double));
-    }
-    return sqrt(total);
+    int64_t        n = mft_tensor_numel(p), c, chunks = (n + MFT__VECTOR_GRAIN - 1) / MFT__VECTOR_GRAIN;
+    double         total = 0;
+    mft__norm_task t;
+    if (!p->grad || !mft__of(p)->grad_written) return 0;
+    t.k = ctx->kernels; t.g = (const float *)p->grad->data;
+    t.partial = (double *)mft__high(ctx, (size_t)chunks * sizeof(double));
+    if (!t.partial) return -1;
+    mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__norm_run, &t);
+    for (c = 0; c < chunks; c++) total += t.partial[c];
+    mft__high_free(ctx, t.partial, (size_t)chunks * sizeof(double));
+    return total;
+}
+
+/* Updates parameter number i by its gradient times grad_scale, which is then used up. The optimizer's step is the
+ * one being made: mft__optimizer_begin has counted it. */
+static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learning_rate, double grad_scale)
+{
+    mft__slot  *s = &opt->slots[i];
+    mft__update u;
+    mft_status  status;
+    int         k;
+    if (!s->p->grad) return MFT_OK;                             /* never reached: torch has no gradient there either */
+    if (!mft__of(s->p)->grad_written) memset(s->p->grad->data, 0, mft__grad_bytes(s->p));
+    memset(&u, 0, sizeof u);
+    u.p = s->p; u.g = (const float *)s->p->grad->data;
+    for (k = 0; k < s->n_states; k++) u.state[k] = s->state[k]->data;
+    u.step = *(const int64_t *)opt->step->data;
+    u.learning_rate = learning_rate; u.grad_scale = grad_scale;
+    u.weight_decay = s->no_decay ? 0.0 : opt->desc.weight_decay;
+    status = mft__methods[opt->desc.kind].update(opt->ctx, &opt->desc, &u);
+    if (status == MFT_OK) mft__of(s->p)->grad_written = 0;
+    return status;
+}
+
+/* A step that updates its parameters one by one begins. */
+static void mft__optimizer_begin(mft_optimizer *opt) { ++*(int64_t *)opt->step->data; }
+
+/* What clipping multiplies gradients of that norm by, as torch.nn.utils.clip_grad_norm_ */
+static double mft__clip(const mft_optimizer *opt, double norm)
+{
+    double clip = opt->desc.max_grad_norm / (norm + 1e-6);
+    return opt->desc.max_grad_norm > 0 && clip < 1 ? clip : 1;
 }
 
 /* The step on gradients that are still to be multiplied by grad_scale (1 / labels of a window). */
 static mft_status mft__optimizer_step_scaled(mft_optimizer *opt, double learning_rate, double grad_scale, double *out_grad_norm)
 {
-    mft_context *ctx = opt->ctx;
-    double  norm, clip = 1, c1, c2;
-    int64_t step;
-    int     i;
+    double     total = 0, norm;
+    mft_status s = MFT_OK;
+    int        i;
 
-    norm = mft__grad_norm(opt);
-    if (norm < 0) return MFT_ERR_OUT_OF_MEMORY;
-    norm *= grad_scale;
-    if (out_grad_norm) *out_grad_norm = norm;
-    if (!(norm <= 3.4e38)) return mft__fail(ctx, MFT_ERR_NOT_FINITE, "the gradient's norm is %g: nothing was updated", norm);
-    if (opt->desc.max_grad_norm > 0) {
-        clip = opt->desc.max_grad_norm / (norm + 1e-6);         /* as torch.nn.utils.clip_grad_norm_ */
-        if (clip > 1) clip = 1;
-    }
-    step = ++*(int64_t *)opt->step->data;
-    c1 = 1 - pow(opt->desc.beta1, (double)step);
-    c2 = 1 - pow(opt->desc.beta2, (double)step);
     for (i = 0; i < opt->n; i++) {
-        mft_tensor      *p = opt->params[i];
-        mft__adamw       c;
-        mft__update_task t;
-        if (!p->grad) continue;                                 /* never reached: torch has no gradient there either */
-        if (!mft__of(p)->grad_written) memset(p->grad->data, 0, mft__grad_bytes(p));
-        c.lr_over_c1  = (float)(learning_rate / c1);
-        c.decay       = (float)(1 - learning_rate * (opt->no_decay[i] ? 0.0 : opt->desc.weight_decay));
-        c.beta1       = (float)opt->desc.beta1; c.one_minus_beta1 = (float)(1 - opt->desc.beta1);
-        c.beta2       = (float)opt->desc.beta2; c.one_minus_beta2 = (float)(1 - opt->desc.beta2);
-        c.eps         = (float)opt->desc.eps;
-        c.inv_sqrt_c2 = (float)(1 / sqrt(c2));
-        c.grad_scale  = (float)(clip * grad_scale);
-        t.k = ctx->kernels; t.c = &c;
-        t.p = (float *)p->data; t.g = (float *)p->grad->data;
-        t.m = opt->m ? (float *)opt->m[i]->data : NULL;
-        t.v = opt->v ? (float *)opt->v[i]->data : NULL;
-        t.lr = (float)learning_rate; t.momentum = (float)opt->desc.momentum; t.first = step == 1;
-        mft__parallel(ctx, mft_tensor_numel(p), MFT__VECTOR_GRAIN, opt->desc.kind == MFT_ADAMW ? mft__adamw_run : mft__sgd_run, &t);
+        double squares = mft__grad_squares(opt->ctx, opt->slots[i].p);
+        if (squares < 0) return MFT_ERR_OUT_OF_MEMORY;
+        total += squares;
     }
+    norm = sqrt(total) * grad_scale;
+    if (out_grad_norm) *out_grad_norm = norm;
+    if (!(norm <= 3.4e38)) return mft__fail(opt->ctx, MFT_ERR_NOT_FINITE, "the gradient's norm is %g: nothing was updated", norm);
+    mft__optimizer_begin(opt);
+    for (i = 0; i < opt->n && s == MFT_OK; i++) s = mft__optimizer_update(opt, i, learning_rate, mft__clip(opt, norm) * grad_scale);
     mft_optimizer_zero_grad(opt);
-    return MFT_OK;
+    return s;
 }
 
 MFT_API mft_status mft_optimizer_step(mft_optimizer *opt, double learning_rate, double *out_grad_norm)
