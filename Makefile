@@ -61,7 +61,7 @@ bench: $(BUILD)/mft
 
 sanitize:
 	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models"
+	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
 
 fuzz: $(FUZZERS)
 	@RUN="$(RUN)" FUZZ_SECONDS="$(FUZZ_SECONDS)" sh tests/fuzz/run.sh $(FUZZERS)

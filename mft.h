@@ -552,8 +552,20 @@ struct mft_context {
 
     int           cancel;                   /* written by any thread: __atomic only                 */
     int           in_step;                  /* a training step runs, which cancel 2 lets finish      */
+    int           phase, phase_step;        /* an mft__phase, and the step it is of; __atomic, for mft_memory_trace_open's thread */
     char          error[1024];
 };
+
+/* What the context is at, for who watches: before the first step all is loading. */
+typedef enum mft__phase { MFT__LOAD, MFT__FORWARD, MFT__BACKWARD, MFT__UPDATE, MFT__EVAL, MFT__SAVE, MFT__BETWEEN, MFT__N_PHASES } mft__phase;
+
+/* returns the phase until now, so that one can be put into another */
+MFT__UNUSED static int mft__phase_set(mft_context *ctx, int phase)
+{
+    int was = __atomic_load_n(&ctx->phase, __ATOMIC_RELAXED);
+    __atomic_store_n(&ctx->phase, phase, __ATOMIC_RELAXED);
+    return was;
+}
 
 /* Whether ops should compute: not while planning. */
 #define MFT__RUNS(ctx) ((ctx)->real_arena == NULL)

@@ -535,6 +535,19 @@ MFT_API void       mft_trainer_destroy   (mft_trainer *tr);
 /* Resident bytes of this process, now and at most, as the system tells (Linux, Android); 0 elsewhere. */
 MFT_API void       mft_process_memory    (size_t *out_now, size_t *out_peak);
 
+/* Writes the process's resident bytes into a file, from a thread of its own, until the close: one line each interval_ms
+ * (1 to 1000; 0: 5), the first at once:
+ *   {"t_ms":12.345,"rss_bytes":104857600,"step":3,"phase":"backward"}
+ * or, if path ends in .csv, the same under a header t_ms,rss_bytes,step,phase. step: the optimizer step begun last, 0
+ * before the first. phase: load (all before the first step), forward, backward, optimizer, eval, save, other (between
+ * those). A file that is there is replaced.
+ * fails    IO, INVALID_ARGUMENT (interval), UNSUPPORTED (MFT_NO_THREADS, or not Linux or Android), OUT_OF_MEMORY
+ * memory   the thread's stack and 64 KB; cost: some 10 us of a core a line (tests/test_memory_trace.c) */
+typedef struct mft_memory_trace mft_memory_trace;   /* held */
+MFT_API mft_status mft_memory_trace_open (mft_context *ctx, const char *path, int interval_ms, mft_memory_trace **out);
+/* Ends the thread and the file. NULL does nothing. fails  IO: some line could not be written; the rest is missing */
+MFT_API mft_status mft_memory_trace_close(mft_memory_trace *trace);
+
 /* ==============================================================================
  * MARK: - [CHECKPOINT] Stop, and go on as if nothing had been
  *
@@ -10602,10 +10615,11 @@ static const char *const mft__companions[] = {
 /* A directory that is being written: beside its place under another name when the place is new, so that it
  * appears whole; in its place, file by file, when the directory is there already. With `replace` it is written
  * beside its place in any case and takes it at once: the old one is PLACE.tmp-old for the moment in between. */
-typedef struct mft__new_dir { mft_context *ctx; char *place, *parent, *work; size_t bytes; int fresh, lock; } mft__new_dir;
+typedef struct mft__new_dir { mft_context *ctx; char *place, *parent, *work; size_t bytes; int fresh, lock, phase; } mft__new_dir;
 
 static void mft__new_dir_free(mft__new_dir *d)
 {
+    mft__phase_set(d->ctx, d->phase);
     if (d->lock >= 0) mft__os_close(d->lock);
     mft__free(d->ctx, d->place, d->bytes);
     mft__free(d->ctx, d->work, d->bytes);
@@ -10643,7 +10657,7 @@ static mft_status mft__new_dir_begin(mft_context *ctx, const char *place, int re
     size_t     n = strlen(place);
     mft_status s = MFT_ERR_OUT_OF_MEMORY;
     memset(d, 0, sizeof *d);
-    d->ctx = ctx; d->lock = -1; d->bytes = n + 48;
+    d->ctx = ctx; d->lock = -1; d->bytes = n + 48; d->phase = mft__phase_set(ctx, MFT__SAVE);
     while (n > 1 && mft__is_separator(place[n - 1])) n--;
     d->place = (char *)mft__alloc_zero(ctx, d->bytes);
     d->work  = d->place ? (char *)mft__alloc_zero(ctx, d->bytes) : NULL;
@@ -11727,6 +11741,130 @@ MFT_API void mft_process_memory(size_t *out_now, size_t *out_peak)
     if (out_peak) *out_peak = mft__proc_status("VmHWM");
 }
 
+/* ---- the memory trace: its thread reads of the context only what is atomic ---- */
+struct mft_memory_trace {
+    mft__object  object;
+    mft_context *ctx;
+    FILE        *f;
+    char        *path, *buffer;
+    int          csv, interval_ms, fd;      /* fd: of /proc/self/statm                               */
+    int          stop, reason;              /* stop: written by the owner, __atomic; reason: errno of the first write that failed */
+    double       began;
+#ifndef MFT_NO_THREADS
+    pthread_t    thread;
+#endif
+    int          running;
+};
+
+enum { MFT__TRACE_BUFFER = 1 << 16 };
+
+#if defined(__linux__) && !defined(MFT_NO_THREADS)
+
+/* The second number of statm is the resident pages. Less than a tenth of reading status, and nothing is allocated. */
+static uint64_t mft__resident_now(int fd)
+{
+    char    text[128];
+    char   *p;
+    int64_t n = mft__os_seek(fd, 0) ? mft__os_read(fd, text, sizeof text - 1) : 0;
+    text[n > 0 ? n : 0] = '\0';
+    p = strchr(text, ' ');
+    return p ? (uint64_t)strtoull(p, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
+}
+
+static void mft__trace_line(mft_memory_trace *t)
+{
+    static const char *const phases[MFT__N_PHASES] = { "load", "forward", "backward", "optimizer", "eval", "save", "other" };
+    const char *format = t->csv ? "%.3f,%llu,%d,%s\n" : "{\"t_ms\":%.3f,\"rss_bytes\":%llu,\"step\":%d,\"phase\":\"%s\"}\n";
+    unsigned long long rss = mft__resident_now(t->fd);
+    if (fprintf(t->f, format, (mft__now() - t->began) * 1e3, rss, __atomic_load_n(&t->ctx->phase_step, __ATOMIC_RELAXED),
+                phases[__atomic_load_n(&t->ctx->phase, __ATOMIC_RELAXED)]) < 0 && !t->reason) t->reason = errno;
+}
+
+static void *mft__trace_main(void *self)
+{
+    mft_memory_trace *t = (mft_memory_trace *)self;
+    int               lines = 0;
+    while (!__atomic_load_n(&t->stop, __ATOMIC_ACQUIRE) && !t->reason) {
+        mft__trace_line(t);
+        if (++lines % 200 == 0 && fflush(t->f) != 0 && !t->reason) t->reason = errno;     /* what a kill leaves: all but the last second */
+        mft__sleep_ms(t->interval_ms);
+    }
+    return NULL;
+}
+
+static mft_status mft__trace_start(mft_memory_trace *t)
+{
+    t->fd = mft__os_open("/proc/self/statm", MFT__OPEN_READ);
+    if (t->fd < 0) return mft__fail(t->ctx, MFT_ERR_UNSUPPORTED, "%s: /proc/self/statm, which says the resident memory, cannot be read", mft__path(t->path));
+    t->f = fopen(t->path, "w");
+    if (!t->f) return mft__fail(t->ctx, MFT_ERR_IO, "%s: cannot be written: %s", mft__path(t->path), strerror(errno));
+    setvbuf(t->f, t->buffer, _IOFBF, MFT__TRACE_BUFFER);
+    if (t->csv && fputs("t_ms,rss_bytes,step,phase\n", t->f) < 0) t->reason = errno;
+    t->began = mft__now();
+    if (pthread_create(&t->thread, NULL, mft__trace_main, t)) return mft__fail(t->ctx, MFT_ERR_OUT_OF_MEMORY, "a thread could not be started");
+    t->running = 1;
+    return MFT_OK;
+}
+
+static void mft__trace_join(mft_memory_trace *t)
+{
+    __atomic_store_n(&t->stop, 1, __ATOMIC_RELEASE);
+    pthread_join(t->thread, NULL);
+    mft__trace_line(t);
+}
+
+#else
+
+static mft_status mft__trace_start(mft_memory_trace *t)
+{
+    return mft__fail(t->ctx, MFT_ERR_UNSUPPORTED, "%s: a memory trace needs threads, and Linux or Android", mft__path(t->path));
+}
+
+static void mft__trace_join(mft_memory_trace *t) { (void)t; }
+
+#endif
+
+static mft_status mft__trace_end(mft_memory_trace *t)
+{
+    mft_context *ctx = t->ctx;
+    mft_status   s = MFT_OK;
+    if (t->running) mft__trace_join(t);
+    mft__object_remove(&t->object);
+    if (t->f && fclose(t->f) != 0 && !t->reason) t->reason = errno;
+    if (t->fd >= 0) mft__os_close(t->fd);
+    if (t->reason) s = mft__fail(ctx, MFT_ERR_IO, "%s: could not be written whole: %s", mft__path(t->path), strerror(t->reason));
+    mft__free(ctx, t->buffer, MFT__TRACE_BUFFER);
+    mft__strfree(ctx, t->path);
+    mft__free(ctx, t, sizeof *t);
+    return s;
+}
+
+static void mft__trace_destroy(void *self) { mft__trace_end((mft_memory_trace *)self); }
+
+MFT_API mft_status mft_memory_trace_open(mft_context *ctx, const char *path, int interval_ms, mft_memory_trace **out)
+{
+    mft_memory_trace *t;
+    size_t            n;
+    mft_status        s;
+    if (!ctx || !path || !out) return MFT_ERR_INVALID_ARGUMENT;
+    *out = NULL;
+    if (interval_ms < 0 || interval_ms > 1000) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: an interval of %d ms is not within 1 to 1000", mft__path(path), interval_ms);
+    t = (mft_memory_trace *)mft__alloc_zero(ctx, sizeof *t);
+    if (!t) return MFT_ERR_OUT_OF_MEMORY;
+    n = strlen(path);
+    t->ctx = ctx; t->fd = -1; t->interval_ms = interval_ms ? interval_ms : 5;
+    t->csv = n >= 4 && !strcmp(path + n - 4, ".csv");
+    mft__object_add(ctx, &t->object, mft__trace_destroy);
+    t->path   = mft__strdup(ctx, path);
+    t->buffer = (char *)mft__alloc(ctx, MFT__TRACE_BUFFER);
+    s = t->path && t->buffer ? mft__trace_start(t) : MFT_ERR_OUT_OF_MEMORY;
+    if (s != MFT_OK) { mft__trace_end(t); return s; }
+    *out = t;
+    return MFT_OK;
+}
+
+MFT_API mft_status mft_memory_trace_close(mft_memory_trace *trace) { return trace ? mft__trace_end(trace) : MFT_OK; }
+
 static void mft__trainer_destroy_object(void *self)
 {
     mft_trainer *tr = (mft_trainer *)self;
@@ -12002,6 +12140,7 @@ static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t 
     mft_status   s;
     if (!n_valid) return MFT_OK;                                /* nothing to learn from it */
     ctx->step_index = stream;                                   /* what else ran in between draws nothing of ours */
+    mft__phase_set(ctx, MFT__FORWARD);
     loss  = mft_model_loss(tr->model, b, 1);
     value = mft_tensor_item(loss);
     if (loss && !(fabsf(value) <= 3.4e38f)) {
@@ -12009,6 +12148,7 @@ static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t 
         mft_step_reset(ctx);
         return s;
     }
+    mft__phase_set(ctx, MFT__BACKWARD);
     s = mft_backward(ctx, loss);
     mft_step_reset(ctx);
     w->loss += (double)value; w->n_valid += n_valid;
@@ -12073,7 +12213,9 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
     memset(&p, 0, sizeof p);
     if (tr->desc.on_gradients && tr->desc.on_gradients(tr->desc.user, tr->params, tr->n_params, &n_valid))
         return mft__fail(tr->ctx, MFT_ERR_CANCELLED, "cancelled by on_gradients");
+    mft__phase_set(tr->ctx, MFT__UPDATE);
     s = mft__optimizer_step_scaled(tr->opt, lr, 1.0 / (double)n_valid, &p.grad_norm);
+    mft__phase_set(tr->ctx, MFT__BETWEEN);
     if (s != MFT_OK) return s;
     tr->step++;
     p.step = tr->step; p.loss = w->loss / (double)w->n_valid; p.learning_rate = lr;
@@ -12096,6 +12238,19 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
     return MFT_OK;
 }
 
+static void mft__step_begin(mft_trainer *tr)
+{
+    tr->ctx->in_step = 1;
+    __atomic_store_n(&tr->ctx->phase_step, (int)tr->step + 1, __ATOMIC_RELAXED);
+    mft__phase_set(tr->ctx, MFT__BETWEEN);
+}
+
+static void mft__step_end(mft_trainer *tr)
+{
+    tr->ctx->in_step = 0;
+    mft__phase_set(tr->ctx, MFT__BETWEEN);
+}
+
 MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batches, int n, mft_progress *out)
 {
     mft__window w;
@@ -12106,11 +12261,11 @@ MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batc
     if (!tr || !batches || n < 1) return MFT_ERR_INVALID_ARGUMENT;
     passes = tr->passes;
     memset(&w, 0, sizeof w);
-    tr->ctx->in_step = 1;
+    mft__step_begin(tr);
     for (i = 0; i < n && s == MFT_OK; i++) s = mft__train_micro_batch(tr, &batches[i], &w);
     if (s == MFT_OK && !w.n_valid) s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of these batches counts: there is nothing to learn from");
     if (s == MFT_OK) s = mft__finish_window(tr, &w, began, out);
-    tr->ctx->in_step = 0;
+    mft__step_end(tr);
     if (s != MFT_OK) { mft_optimizer_zero_grad(tr->opt); tr->passes = passes; }
     return s;
 }
@@ -12129,7 +12284,7 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
     if (!tr->data) return mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_trainer_step: the trainer has no dataset");
     memset(&w, 0, sizeof w);
     mft_dataset_get_position(tr->data, &start);
-    tr->ctx->in_step = 1;
+    mft__step_begin(tr);
     while (s == MFT_OK && !w.n_valid) {                         /* a window without any label is passed over */
         for (i = 0; i < tr->desc.grad_accum && s == MFT_OK; i++) {
             mft_batch b;
@@ -12140,7 +12295,7 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
             s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of the data counts: there is nothing to learn from");
     }
     if (s == MFT_OK) s = mft__finish_window(tr, &w, began, out);
-    tr->ctx->in_step = 0;
+    mft__step_end(tr);
     if (s != MFT_OK) {                                          /* as if the step had not been begun */
         mft_optimizer_zero_grad(tr->opt);
         mft_dataset_set_position(tr->data, &start);
@@ -12897,8 +13052,10 @@ MFT_API mft_status mft_trainer_evaluate(mft_trainer *tr, mft_dataset *held_out, 
     mft_dataset_position start, before;
     int64_t    i, n_batches, n = 0;
     double     sum = 0;
+    int        phase;
     mft_status s;
     if (!tr || !held_out || !out) return MFT_ERR_INVALID_ARGUMENT;
+    phase = mft__phase_set(tr->ctx, MFT__EVAL);
     memset(&start, 0, sizeof start);
     n_batches = mft_dataset_epoch_batches(held_out, tr->desc.micro_batch);
     if (max_batches > 0) n_batches = mft__min(n_batches, max_batches);
@@ -12910,6 +13067,7 @@ MFT_API mft_status mft_trainer_evaluate(mft_trainer *tr, mft_dataset *held_out, 
         if (s == MFT_OK) s = mft__evaluate_batch(tr->model, &b, &sum, &n);
     }
     mft_dataset_set_position(held_out, &before);
+    mft__phase_set(tr->ctx, phase);
     if (s == MFT_OK && !n) s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of the held-out data counts");
     if (s == MFT_OK) mft__eval_result(out, sum, n);
     return s;

@@ -26,7 +26,7 @@
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
     const char *checkpoint_save_dir, *resume_from, *text_key, *prompt_key, *completion_key, *messages_key;
-    const char *precision, *quantize, *log, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
+    const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
@@ -108,6 +108,7 @@ static const flag flags[] = {
     { "save-total-limit",   INTEGER, AT(save_total_limit),   1, MANY, "N", "keep the latest N checkpoints                                [all]" },
     { "resume-from",        STRING,  AT(resume_from),        0, 0, "DIR",  "go on from a checkpoint; latest: the newest in the save directory" },
     { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step" },
+    { "memory-trace",       STRING,  AT(memory_trace),       0, 0, "FILE", "resident memory every 5 ms with step and phase, as JSONL, or CSV if FILE ends in .csv" },
     { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
     { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
     { "split",              STRING,  AT(split),              0, 0, "NAME", "dev, val or test                                             [test]" },
@@ -965,6 +966,7 @@ static int run_finetune(const options *given)
     mft_dataset     *data = NULL, *held = NULL;
     mft_trainer     *tr = NULL;
     mft_trainer_info end;
+    mft_memory_trace *trace = NULL;
     live             v;
     struct stat      info;
     int              made_output = 0;
@@ -981,6 +983,7 @@ static int run_finetune(const options *given)
     exit_status = open_session(&o, &s);
     if (exit_status) return exit_status;
 
+    if (o.memory_trace && (status = mft_memory_trace_open(s.ctx, o.memory_trace, 0, &trace)) != MFT_OK) goto failed;
     made_output = !o.plan && stat(o.output, &info) != 0;
     if (!o.plan && (status = mft__can_write_in(s.ctx, o.output)) != MFT_OK) goto failed;       /* found now, not after hours */
     if (!o.plan && td.save_dir && td.save_dir != o.output && (status = mft__can_write_in(s.ctx, td.save_dir)) != MFT_OK) goto failed;
@@ -1048,6 +1051,7 @@ failed:
 done:
     end_log_line(&v);
     if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
+    if (mft_memory_trace_close(trace) != MFT_OK && !exit_status) exit_status = fail(&s, MFT_ERR_IO);
     free(template_text);
     mft__strfree(s.ctx, config);
     if (exit_status && made_output) rmdir(o.output);            /* if nothing came of it; one that holds something stays */
@@ -2145,7 +2149,7 @@ static const command commands[] = {
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
       "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
-      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log" COMMON,
+      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
