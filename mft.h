@@ -549,6 +549,7 @@ struct mft_context {
 
     uint64_t      seed;                     /* of dropout, with the two counters below              */
     uint64_t      step_index, draw_index;
+    uint64_t      weights_version;          /* goes up whenever what models compute may change      */
 
     int           cancel;                   /* written by any thread: __atomic only                 */
     int           in_step;                  /* a training step runs, which cancel 2 lets finish      */
@@ -4820,7 +4821,11 @@ static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learni
 }
 
 /* A step that updates its parameters one by one begins. */
-static void mft__optimizer_begin(mft_optimizer *opt) { ++*(int64_t *)opt->step->data; }
+static void mft__optimizer_begin(mft_optimizer *opt)
+{
+    ++*(int64_t *)opt->step->data;
+    opt->ctx->weights_version++;
+}
 
 /* What clipping multiplies gradients of that norm by, as torch.nn.utils.clip_grad_norm_ */
 static double mft__clip(const mft_optimizer *opt, double norm)

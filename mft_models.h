@@ -605,9 +605,25 @@ typedef struct mft_generate_desc {
 
 /* Continues the prompt; keys and values of what was read are kept for the call (f32, n_layer * 2 *
  * (n_prompt + max_new_tokens) * n_kv_head * head_dim). out_ids gets the new tokens, the stop token included.
+ * GPT-2's table of positions ends a generation; other families go on past max_position, where they were not trained.
  * returns the number of new tokens; negative: an mft_status */
 MFT_API int64_t mft_generate(mft_model *model, const int32_t *prompt, int64_t n_prompt,
                              const mft_generate_desc *desc, int32_t *out_ids, int64_t cap);
+
+/* A generator keeps keys and values from one call to the next, for conversations and for many prompts that begin alike:
+ * of a prompt only what lies behind its longest common beginning with the tokens read before, answers included, is read.
+ * The tokens are those of mft_generate, but for the last bits of logits, since sums over other pieces of a prompt are
+ * rounded elsewhere. What was kept is dropped by itself when an adapter is activated, attached, merged or detached, when
+ * an optimizer steps and when a checkpoint is resumed; whoever writes into weights by hand calls mft_generator_reset.
+ * memory     as mft_generate, and grows with the longest prompt so far until mft_generator_reset
+ * lifetime   held; destroy it before its model. A failed or cancelled call leaves it as good as before */
+typedef struct mft_generator mft_generator;
+MFT_API mft_status mft_generator_create (mft_model *model, mft_generator **out);
+/* As mft_generate. out_kept (may be NULL): how many of the prompt's tokens were not read again. */
+MFT_API int64_t    mft_generator_run    (mft_generator *g, const int32_t *prompt, int64_t n_prompt, const mft_generate_desc *desc,
+                                         int32_t *out_ids, int64_t cap, int64_t *out_kept);
+MFT_API void       mft_generator_reset  (mft_generator *g);                         /* forgets, and gives the memory back */
+MFT_API void       mft_generator_destroy(mft_generator *g);                         /* NULL does nothing */
 
 /* ==============================================================================
  * MARK: - [EXAM] Questions with known answers
@@ -11148,6 +11164,7 @@ MFT_API void mft_lora_detach(mft_model *model)
     if (!model) return;
     while (model->n_adapters) mft__adapter_free(model, model->adapters[--model->n_adapters]);
     model->active = -1;
+    model->ctx->weights_version++;
 }
 
 /* The active adapter is trainable, the others are not. */
@@ -11155,6 +11172,7 @@ static void mft__adapter_use(mft_model *m, int active)
 {
     int a, i;
     m->active = active;
+    m->ctx->weights_version++;
     for (a = 0; a < m->n_adapters; a++)
         for (i = 0; i < m->config.n_layer * MFT__N_MODULES; i++) {
             mft__low_rank *p = &m->adapters[a]->parts[i];
@@ -11663,6 +11681,7 @@ MFT_API mft_status mft_lora_merge(mft_model *model)
     if (model->active < 0) return mft__fail(model->ctx, MFT_ERR_INVALID_ARGUMENT, "mft_lora_merge: no adapter is active");
     if ((s = mft__refuse_quantized(model, "mft_lora_merge")) != MFT_OK) return s;
     a = model->adapters[model->active];
+    model->ctx->weights_version++;                              /* also if it fails midway */
     for (layer = 0; layer < model->config.n_layer && s == MFT_OK; layer++)
         for (k = 0; k < MFT__N_MODULES && s == MFT_OK; k++) {
             mft__low_rank *p = mft__part_at(model, a, layer, k);
@@ -12897,10 +12916,11 @@ static mft_status mft__resume_tensors(const mft__resume *r, const char *name, co
     return s;
 }
 
-static mft_status mft__resume_read(mft_safetensors *st, mft_tensor *stored, int n)
+static mft_status mft__resume_read(mft_context *ctx, mft_safetensors *st, mft_tensor *stored, int n)
 {
     mft_status s = MFT_OK;
     int        i;
+    ctx->weights_version++;
     for (i = 0; i < n && s == MFT_OK; i++) s = mft_safetensors_read(st, mft_safetensors_find(st, stored[i].name), &stored[i]);
     return s;
 }
@@ -12929,8 +12949,8 @@ static mft_status mft__resume_weights(const mft__resume *r)
     mft_status       s = trained && state ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
     if (s == MFT_OK) s = mft__resume_tensors(r, tr->model->desc.train_all ? "model.safetensors" : "adapter_model.safetensors", trained, tr->n_params, &weights);
     if (s == MFT_OK) s = mft__resume_tensors(r, "optimizer.safetensors", state, n, &moments);
-    if (s == MFT_OK) s = mft__resume_read(weights, trained, tr->n_params);
-    if (s == MFT_OK) s = mft__resume_read(moments, state, n);
+    if (s == MFT_OK) s = mft__resume_read(ctx, weights, trained, tr->n_params);
+    if (s == MFT_OK) s = mft__resume_read(ctx, moments, state, n);
     mft_safetensors_close(weights);
     mft_safetensors_close(moments);
     if (trained) mft__free(ctx, trained, (size_t)tr->n_params * sizeof *trained);
@@ -12978,7 +12998,7 @@ static mft_status mft__load_best(mft_trainer *tr)
     r.tr = tr;
     r.dir = mft__checkpoint_path(ctx, tr->save_dir, tr->info.best_step);
     s = trained && r.dir ? mft__resume_tensors(&r, tr->model->desc.train_all ? "model.safetensors" : "adapter_model.safetensors", trained, tr->n_params, &st) : MFT_ERR_OUT_OF_MEMORY;
-    if (s == MFT_OK) s = mft__resume_read(st, trained, tr->n_params);
+    if (s == MFT_OK) s = mft__resume_read(ctx, st, trained, tr->n_params);
     if (s == MFT_OK) { tr->info.eval.loss = tr->info.best_loss; tr->info.eval.perplexity = exp(tr->info.best_loss); }
     mft_safetensors_close(st);
     if (trained) mft__free(ctx, trained, (size_t)tr->n_params * sizeof *trained);
@@ -13180,7 +13200,7 @@ static mft_status mft__read_tokens(mft_model *m, mft__kv_cache *c, const int32_t
     if (ctx->step_status != MFT_OK) s = mft_backward(ctx, NULL);        /* the step's first failure */
     mft_step_reset(ctx);
     mft_grad_enable(ctx, was);
-    c->used += n;
+    if (s == MFT_OK) c->used += n;
     return s;
 }
 
@@ -13270,59 +13290,156 @@ static int mft__is_stop(const mft_model *m, const mft_generate_desc *d, int32_t 
     return 0;
 }
 
-MFT_API int64_t mft_generate(mft_model *model, const int32_t *prompt, int64_t n_prompt,
-                             const mft_generate_desc *desc, int32_t *out_ids, int64_t cap)
+struct mft_generator {
+    mft__object     object;
+    mft_model      *model;
+    mft__kv_cache   cache;
+    int32_t        *ids;                    /* [cache.capacity]: the tokens in the cache, and what a run puts behind them */
+    float          *logits;                 /* [V] */
+    mft__candidate *scratch;                /* [V] */
+    uint64_t        weights_version;        /* the context's, when the cache was filled */
+};
+
+MFT_API void mft_generator_reset(mft_generator *g)
+{
+    if (!g) return;
+    mft__free(g->model->ctx, g->ids, (size_t)g->cache.capacity * sizeof *g->ids);
+    mft__cache_free(g->model, &g->cache);
+    g->ids = NULL;
+    g->cache.used = g->cache.capacity = 0;
+}
+
+static void mft__generator_end(void *object)
+{
+    mft_generator *g = (mft_generator *)object;
+    mft_context   *ctx = g->model->ctx;
+    size_t         V = (size_t)g->model->config.vocab_size;
+    mft__object_remove(&g->object);
+    mft_generator_reset(g);
+    mft__free(ctx, g->logits, V * sizeof *g->logits);
+    mft__free(ctx, g->scratch, V * sizeof *g->scratch);
+    mft__free(ctx, g, sizeof *g);
+}
+
+MFT_API void mft_generator_destroy(mft_generator *g) { if (g) mft__generator_end(g); }
+
+MFT_API mft_status mft_generator_create(mft_model *model, mft_generator **out)
+{
+    mft_context   *ctx;
+    mft_generator *g;
+    size_t         V;
+    if (out) *out = NULL;
+    if (!model || !out) return MFT_ERR_INVALID_ARGUMENT;
+    ctx = model->ctx; V = (size_t)model->config.vocab_size;
+    g = (mft_generator *)mft__alloc_zero(ctx, sizeof *g);
+    if (!g) return MFT_ERR_OUT_OF_MEMORY;
+    g->model = model;
+    mft__object_add(ctx, &g->object, mft__generator_end);
+    g->logits  = (float *)mft__alloc(ctx, V * sizeof *g->logits);
+    g->scratch = (mft__candidate *)mft__alloc(ctx, V * sizeof *g->scratch);
+    if (!g->logits || !g->scratch) { mft__generator_end(g); return MFT_ERR_OUT_OF_MEMORY; }
+    *out = g;
+    return MFT_OK;
+}
+
+/* Room for `total` tokens, of which the cached ones are kept. A second time it takes half as much again as there was, so
+ * that a long conversation is not copied at each turn. */
+static mft_status mft__generator_grow(mft_generator *g, int64_t total)
+{
+    mft_context  *ctx = g->model->ctx;
+    int64_t       row = (int64_t)g->model->config.n_kv_head * g->model->config.head_dim, used = g->cache.used;
+    int64_t       capacity = total > g->cache.capacity * 3 / 2 ? total : g->cache.capacity * 3 / 2;
+    mft__kv_cache cache;
+    int32_t      *ids;
+    int           i;
+    mft_status    s;
+    if (total <= g->cache.capacity) return MFT_OK;
+    if ((s = mft__cache_create(g->model, capacity, &cache)) != MFT_OK) return s;
+    ids = (int32_t *)mft__alloc(ctx, (size_t)capacity * sizeof *ids);
+    if (!ids) { mft__cache_free(g->model, &cache); return MFT_ERR_OUT_OF_MEMORY; }
+    for (i = 0; i < g->model->config.n_layer && used; i++) {
+        memcpy(cache.k[i]->data, g->cache.k[i]->data, (size_t)(used * row) * sizeof(float));
+        memcpy(cache.v[i]->data, g->cache.v[i]->data, (size_t)(used * row) * sizeof(float));
+    }
+    if (used) memcpy(ids, g->ids, (size_t)used * sizeof *ids);
+    cache.used = used;
+    if (g->ids) mft_generator_reset(g);
+    g->cache = cache; g->ids = ids;
+    return MFT_OK;
+}
+
+/* The desc with its defaults, and how many tokens prompt and answer may have together. */
+static mft_status mft__generate_limits(mft_model *m, int64_t n_prompt, const mft_generate_desc *desc, mft_generate_desc *d, int64_t *out_total)
+{
+    mft_context *ctx = m->ctx;
+    int64_t      total;
+    memset(d, 0, sizeof *d);
+    if (desc) *d = *desc;
+    if (!d->max_new_tokens) d->max_new_tokens = 64;
+    if (n_prompt < 1) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "generation needs a prompt of at least one token");
+    if (d->max_new_tokens < 0 || !(d->temperature >= 0) || d->top_k < 0 || !(d->top_p >= 0) || !(d->repetition_penalty >= 0))
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "generation: max_new_tokens, temperature, top_k, top_p and repetition_penalty are not negative");
+    total = n_prompt + d->max_new_tokens;
+    if (mft__families[m->config.family].positions && total > m->config.max_position) {      /* the table ends there */
+        total = m->config.max_position;
+        if (n_prompt >= total) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "a prompt of %lld tokens leaves no room in the model's %lld positions", (long long)n_prompt, (long long)m->config.max_position);
+    }
+    *out_total = total;
+    return MFT_OK;
+}
+
+/* How many of the prompt's tokens need not be read again; its last one is, for the logits after it. */
+static int64_t mft__generator_common(const mft_generator *g, const int32_t *prompt, int64_t n_prompt)
+{
+    int64_t n = 0, most = mft__min(g->cache.used, n_prompt - 1);
+    while (n < most && g->ids[n] == prompt[n]) n++;
+    return n;
+}
+
+MFT_API int64_t mft_generator_run(mft_generator *g, const int32_t *prompt, int64_t n_prompt, const mft_generate_desc *desc,
+                                  int32_t *out_ids, int64_t cap, int64_t *out_kept)
 {
     mft_generate_desc d;
-    mft_context    *ctx;
-    mft__kv_cache   cache;
-    mft__candidate *scratch = NULL;
-    float          *logits = NULL;
-    int32_t        *all = NULL;
-    int64_t         V, n = 0, i, total;
-    mft_status      s;
+    mft_model   *model;
+    mft_context *ctx;
+    int64_t      V, n = 0, i, total = 0;
+    mft_status   s;
 
-    if (!model || !prompt) return MFT_ERR_INVALID_ARGUMENT;
-    ctx = model->ctx;
-    memset(&d, 0, sizeof d);
-    if (desc) d = *desc;
-    if (!d.max_new_tokens) d.max_new_tokens = 64;
-    if (n_prompt < 1) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "generation needs a prompt of at least one token");
-    if (d.max_new_tokens < 0 || !(d.temperature >= 0) || d.top_k < 0 || !(d.top_p >= 0) || !(d.repetition_penalty >= 0))
-        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "generation: max_new_tokens, temperature, top_k, top_p and repetition_penalty are not negative");
-    total = n_prompt + d.max_new_tokens;
-    if (mft__families[model->config.family].positions && total > model->config.max_position) {     /* the table ends there */
-        total = model->config.max_position;
-        if (n_prompt >= total) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "a prompt of %lld tokens leaves no room in the model's %lld positions", (long long)n_prompt, (long long)model->config.max_position);
-    }
-    V = model->config.vocab_size;
-    if ((s = mft__cache_create(model, total, &cache)) != MFT_OK) return s;
-    logits  = (float *)mft__alloc(ctx, (size_t)V * sizeof *logits);
-    scratch = (mft__candidate *)mft__alloc(ctx, (size_t)V * sizeof *scratch);
-    all     = (int32_t *)mft__alloc(ctx, (size_t)total * sizeof *all);
-    if (!logits || !scratch || !all) { s = MFT_ERR_OUT_OF_MEMORY; goto done; }
-    memcpy(all, prompt, (size_t)n_prompt * sizeof *all);
-    for (i = 0; i < n_prompt && s == MFT_OK; i += MFT__PREFILL_TOKENS) {
+    if (!g || !prompt) return MFT_ERR_INVALID_ARGUMENT;
+    model = g->model; ctx = model->ctx; V = model->config.vocab_size;
+    if ((s = mft__generate_limits(model, n_prompt, desc, &d, &total)) != MFT_OK) return s;
+    if (g->weights_version != ctx->weights_version) g->cache.used = 0;
+    g->weights_version = ctx->weights_version;
+    g->cache.used = mft__generator_common(g, prompt, n_prompt);
+    if (out_kept) *out_kept = g->cache.used;
+    if ((s = mft__generator_grow(g, total)) != MFT_OK) return s;
+    memcpy(g->ids, prompt, (size_t)n_prompt * sizeof *g->ids);
+    while (s == MFT_OK && (i = g->cache.used) < n_prompt) {
         int64_t part = mft__min(n_prompt - i, MFT__PREFILL_TOKENS);
-        s = mft__read_tokens(model, &cache, prompt + i, part, i + part == n_prompt ? logits : NULL);
+        s = mft__read_tokens(model, &g->cache, prompt + i, part, i + part == n_prompt ? g->logits : NULL);
     }
     while (s == MFT_OK && n_prompt + n < total) {
         int32_t id;
-        mft__process_logits(logits, V, all, n_prompt + n, &d, scratch);
-        id = mft__choose(logits, V, &d, n);
-        if (!(logits[id] <= 3.4e38f)) { s = mft__explain_nonfinite(model, "a logit"); break; }
-        all[n_prompt + n] = id;
+        mft__process_logits(g->logits, V, g->ids, n_prompt + n, &d, g->scratch);
+        id = mft__choose(g->logits, V, &d, n);
+        if (!(g->logits[id] <= 3.4e38f)) { s = mft__explain_nonfinite(model, "a logit"); break; }
+        g->ids[n_prompt + n] = id;
         if (n < cap) out_ids[n] = id;
         n++;
         if ((d.on_token && d.on_token(d.user, id)) || mft__is_stop(model, &d, id) || n_prompt + n == total) break;
-        s = mft__read_tokens(model, &cache, &id, 1, logits);
+        s = mft__read_tokens(model, &g->cache, &id, 1, g->logits);
     }
-done:
-    mft__free(ctx, logits, (size_t)V * sizeof *logits);
-    mft__free(ctx, scratch, (size_t)V * sizeof *scratch);
-    mft__free(ctx, all, (size_t)total * sizeof *all);
-    mft__cache_free(model, &cache);
     return s == MFT_OK ? n : (int64_t)s;
+}
+
+MFT_API int64_t mft_generate(mft_model *model, const int32_t *prompt, int64_t n_prompt,
+                             const mft_generate_desc *desc, int32_t *out_ids, int64_t cap)
+{
+    mft_generator *g = NULL;
+    mft_status     s = mft_generator_create(model, &g);
+    int64_t        n = s == MFT_OK ? mft_generator_run(g, prompt, n_prompt, desc, out_ids, cap, NULL) : (int64_t)s;
+    mft_generator_destroy(g);
+    return n;
 }
 
 /* ==============================================================================

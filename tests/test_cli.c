@@ -452,6 +452,71 @@ static void test_chat(void)
     expect("chat --model @/q --chat-template @/nowhere", 1, "nowhere");
     expect("chat --model @/q --adapter @/nowhere", 1, "nowhere");
     CHECK(run("chat --model @/q --chat-template chatml </dev/null") == 0 && !*out);
+
+    /* 64 positions: old turns are forgotten, the system's words are not; one turn of more is left out, and the talk goes on */
+    {
+        char   many[2000] = "", *p;
+        size_t i, lines_out = 0;
+        for (i = 0; i < 8; i++) strcat(many, "The dog sat on the log.\n");
+        for (i = 0; i < 30; i++) strcat(many, "The cat sat on the mat. ");
+        strcat(many, "\nThe end\n");
+        write_file(in_room("talk"), many, strlen(many));
+        expect("chat --model @/q --chat-template @/plain.jinja --system 'The sun is up.' --max-tokens 500 <@/talk", 0, "oldest turns are forgotten: the model has 64 positions");
+        CHECK_MSG(strstr(err, "the model has 64 positions: it is left out") != NULL, "%s", err);
+        for (p = out; (p = strchr(p, '\n')) != NULL; p++) lines_out++;
+        CHECK_MSG(lines_out >= 9, "9 of 10 turns are answered: %s", out);
+    }
+}
+
+/* Bytes of a file, once they have not grown for a fifth of a second (`still`) or are more than `above`; 60 s at most. */
+static off_t watch(const char *path, int still, off_t above)
+{
+    struct timespec t;
+    struct stat     st;
+    off_t           bytes = -1;
+    int             tries, calm = 0;
+    t.tv_sec = 0; t.tv_nsec = 20000000;
+    for (tries = 0; tries < 3000; tries++) {
+        off_t now = stat(path, &st) == 0 ? st.st_size : 0;
+        calm = now == bytes ? calm + 1 : 0;
+        bytes = now;
+        if (still ? calm >= 10 : bytes > above) break;
+        nanosleep(&t, NULL);
+    }
+    return bytes;
+}
+
+/* Ctrl-C in the middle of an answer ends the answer; the next line is answered; at the prompt it ends the program. */
+static void test_chat_interrupt(void)
+{
+    char  command[3000], answers[700], *text;
+    int   pipes[2], status = 0, i;
+    pid_t child;
+    off_t bytes = 0;
+    CHECK(run("generate --model @/q --prompt \"The cat\" --max-tokens 60 --no-special --json") == 0);
+    if ((text = test_read_file(in_room("config.json"), NULL)) != NULL) {        /* the same weights, and a million positions */
+        char  longer[600], *at = strstr(text, "\"max_position_embeddings\": 64");
+        snprintf(longer, sizeof longer, "%.*s\"max_position_embeddings\": 1000000%s", (int)(at - text), text, at + strlen("\"max_position_embeddings\": 64"));
+        write_file(in_room("q/config.json"), longer, strlen(longer));
+    }
+    snprintf(answers, sizeof answers, "%s/answers", room);
+    snprintf(command, sizeof command, "exec %s chat --model %s/q --chat-template %s/plain.jinja --max-tokens 900000 --seed 3 --temperature 1 --top-k 3 >%s 2>%s/.err", mft, room, room, answers, room);
+    CHECK(pipe(pipes) == 0);
+    child = fork();
+    if (child == 0) { dup2(pipes[0], 0); close(pipes[0]); close(pipes[1]); execl("/bin/sh", "sh", "-c", command, (char *)NULL); _exit(127); }
+    close(pipes[0]);
+    for (i = 0; i < 2; i++) {
+        CHECK(write(pipes[1], "The cat\n", 8) == 8);
+        watch(answers, 0, bytes + 200);
+        CHECK(kill(child, SIGINT) == 0);
+        bytes = watch(answers, 1, 0);
+    }
+    CHECK(kill(child, SIGINT) == 0 && waitpid(child, &status, 0) == child);
+    CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 130, "status %x", (unsigned)status);
+    CHECK_MSG(bytes > 400, "%ld bytes", (long)bytes);
+    close(pipes[1]);
+    if (text) write_file(in_room("q/config.json"), text, strlen(text));
+    free(text);
 }
 
 static void test_resume(void)
@@ -532,6 +597,7 @@ int main(void)
     TEST(test_loop);
     TEST(test_other_commands);
     TEST(test_interrupt);
+    TEST(test_chat_interrupt);
     mft_context_destroy(ctx);
     free(out); free(err);
     remove_dir(room);

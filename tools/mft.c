@@ -504,7 +504,7 @@ static int          signal_cancel = 1;      /* and how: see mft_cancel */
 
 static void on_interrupt(int sig)
 {
-    (void)sig;
+    signal(sig, on_interrupt);              /* C leaves open whether a signal takes its handler away */
     if (!signal_target) _exit(130);
     mft_cancel(signal_target, signal_cancel);
     signal_target = NULL;                   /* the second one ends us at once */
@@ -1426,6 +1426,7 @@ enum { MOST_STOPS = 16 };
 
 typedef struct talk {
     session                 *s;
+    mft_generator           *generator;
     const mft_chat_template *template_of;
     mft_message             *turns;         /* contents from malloc; roles constant                      */
     int                      n, cap;
@@ -1522,38 +1523,45 @@ static int on_talk_token(void *user, int32_t id)
     return t->out.failed;
 }
 
-/* The prompt of the conversation so far; the oldest turns go when there is no room for them and an answer. */
-static int32_t *talk_prompt(const options *o, talk *t, int64_t *out_n)
+/* The prompt of the conversation so far, and in *out_room how long the answer may be. The oldest turns go when less than
+ * a quarter of the model's positions, or than --max-tokens, would be left for it. NULL: a sentence is on stderr. */
+static int32_t *talk_prompt(const options *o, talk *t, int64_t *out_n, int64_t *out_room)
 {
-    int64_t most = mft_model_get_config(t->s->model)->max_position;
+    int64_t most = mft_model_get_config(t->s->model)->max_position, least = o->max_tokens < most / 4 ? o->max_tokens : most / 4;
+    int     gone = 0;
     for (;;) {
         int      first = t->n && !strcmp(t->turns[0].role, "system");
         char    *text = talk_render(t, t->turns, t->n, MFT_GENERATION_PROMPT, NULL);
         int32_t *ids = text ? encode(t->s, text, -1, MFT_NO_ADD_SPECIAL, out_n) : NULL;
         free(text);
-        if (!ids || *out_n + o->max_tokens <= most || t->n - first < 3) return ids;
+        if (!ids) { fail(t->s, MFT_ERR_INVALID_ARGUMENT); return NULL; }
+        if (*out_n + least > most && t->n - first > 2) { free(ids); talk_forget(t, first, 2); gone += 2; continue; }
+        if (gone) fprintf(stderr, "mft: the %d oldest turns are forgotten: the model has %lld positions\n", gone, (long long)most);
+        *out_room = o->max_tokens < most - *out_n ? o->max_tokens : most - *out_n;
+        if (*out_room > 0) return ids;
+        fprintf(stderr, "mft: this turn makes %lld tokens, the model has %lld positions: it is left out\n", (long long)*out_n, (long long)most);
         free(ids);
-        talk_forget(t, first, 2);
-        fprintf(stderr, "mft: the two oldest turns are forgotten: the model has %lld positions\n", (long long)most);
+        return NULL;
     }
 }
 
-/* Answers the last turn. An interruption ends the answer and keeps what was said. */
+/* Answers the last turn; of what was said before only the new is read. An interruption ends the answer and keeps what was
+ * said. A turn that cannot be answered is forgotten, and the conversation goes on. */
 static mft_status talk_answer(const options *o, talk *t)
 {
     mft_generate_desc d;
-    int64_t           n = 0, got;
-    int32_t          *ids = talk_prompt(o, t, &n);
+    int64_t           n = 0, room = 0, got;
+    int32_t          *ids = talk_prompt(o, t, &n, &room);
     const char       *rest;
-    if (!ids) return MFT_ERR_INVALID_ARGUMENT;
+    if (!ids) { talk_forget(t, t->n - 1, 1); return MFT_OK; }
     generate_desc(o, &d);
+    d.max_new_tokens = (int)room;
     d.seed += (uint64_t)t->n;                                   /* another draw for each turn */
     d.stop_ids = t->stops; d.n_stop_ids = t->n_stops; d.on_token = on_talk_token; d.user = t;
     t->n_answer = 0;
     talk_keep(t, "");
-    signal(SIGINT, on_interrupt);
     signal_target = t->s->ctx;
-    got = mft_generate(t->s->model, ids, n, &d, NULL, 0);
+    got = mft_generator_run(t->generator, ids, n, &d, NULL, 0, NULL);
     signal_target = NULL;
     mft_cancel(t->s->ctx, 0);
     free(ids);
@@ -1561,6 +1569,7 @@ static mft_status talk_answer(const options *o, talk *t)
     if (rest) talk_keep(t, rest);
     printf("\n");
     fflush(stdout);
+    if (got == MFT_ERR_CANCELLED && !t->n_answer) { talk_forget(t, t->n - 1, 1); return MFT_OK; }
     if (got < 0 && got != MFT_ERR_CANCELLED) return (mft_status)got;
     return !t->out.failed && talk_add(t, "assistant", t->answer) ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
 }
@@ -1599,6 +1608,7 @@ static int talk_command(const options *o, talk *t, char *line)
     if (!strcmp(line, "/reset")) {
         int first = t->n && !strcmp(t->turns[0].role, "system");
         talk_forget(t, first, t->n - first);
+        mft_generator_reset(t->generator);
     } else if (!strcmp(line, "/adapter")) {
         if (!*word) list_adapters(o, t);
         else if (mft_lora_activate(t->s->model, strcmp(word, "none") ? word : NULL) != MFT_OK) { fail(t->s, MFT_ERR_INVALID_ARGUMENT); list_adapters(o, t); }
@@ -1665,7 +1675,7 @@ static mft_status open_chat(const options *o, talk *t, mft_chat_template **owned
     int         i;
     mft_status  status;
     if ((status = mft_tokenizer_load(s->ctx, o->model, &s->tok)) != MFT_OK || (status = talk_template(o, t, owned)) != MFT_OK
-        || (status = mft_model_load(s->ctx, o->model, NULL, &s->model)) != MFT_OK
+        || (status = mft_model_load(s->ctx, o->model, NULL, &s->model)) != MFT_OK || (status = mft_generator_create(s->model, &t->generator)) != MFT_OK
         || (status = mft_decoder_create(s->tok, MFT_SKIP_SPECIAL, &t->out.decoder)) != MFT_OK) return status;
     for (i = 0; i < o->n_adapters && status == MFT_OK; i++) {
         adapter_name(o->adapters[i], name, sizeof name, &dir);
