@@ -375,18 +375,31 @@ MFT_API mft_status  mft_backward    (mft_context *ctx, mft_tensor *loss);
  * ============================================================================== */
 typedef struct mft_optimizer mft_optimizer;      /* held */
 
-typedef enum mft_optimizer_kind { MFT_ADAMW, MFT_SGD } mft_optimizer_kind;
+typedef enum mft_optimizer_kind {
+    MFT_ADAMW,                              /* Loshchilov and Hutter 2019; 8 bytes of state for each number       */
+    MFT_SGD,                                /* 0 bytes, or 4 with momentum                                        */
+    MFT_ADAMW8BIT                           /* AdamW with moments in 8-bit blocks: 2 bytes, see below             */
+} mft_optimizer_kind;
 typedef struct mft_optimizer_desc {
     mft_optimizer_kind kind;                /*                                                    [AdamW] */
-    double beta1, beta2, eps;               /* AdamW                              [0.9] [0.999] [1e-8]    */
+    double beta1, beta2, eps;               /* AdamW, in all its forms            [0.9] [0.999] [1e-8]    */
     double momentum;                        /* SGD                                                  [0]   */
     double weight_decay;                    /* decoupled, times the learning rate                   [0]   */
     double max_grad_norm;                   /* global 2-norm, as torch.nn.utils.clip_grad_norm_; negative: no clipping [1.0] */
 } mft_optimizer_desc;
 
-/* AdamW (Loshchilov and Hutter 2019) or SGD, updating as torch.optim does, to the bit order of
- * float32. params: held f32 tensors, which must outlive the optimizer; `no_decay`, if given, has
- * n_params flags of those that weight decay leaves out. */
+/* AdamW and SGD update as torch.optim does, to the bit order of float32. params: held f32 or bf16 tensors,
+ * which must outlive the optimizer; `no_decay`, if given, has n_params flags of those that weight decay leaves out.
+ *
+ * MFT_ADAMW8BIT  the same update; between steps the moments are codes of 8 bits times the greatest magnitude of
+ *     their block of 256 numbers (f32). Codes: the dynamic tree of Dettmers et al. 2021, "8-bit optimizers via
+ *     block-wise quantization": 0, 1 and seven decades of 2, 4 .. 128 equal cells (signed for exp_avg: 1 .. 64);
+ *     a number goes to the nearest. Parameters of fewer than 4096 numbers keep f32 moments. Other than bitsandbytes:
+ *     decay comes before the update (as torch's); exp_avg_sq above zero never becomes zero, and so an update
+ *     never eps alone divides; exp_avg may become zero.
+ * bf16 parameters  are updated in f32 and rounded up or down by chance, with the odds that keep the mean (an update
+ *     smaller than half a step is lost in the mean by no rounding to nearest): element i takes 16 of the bits of
+ *     Philox(context's seed, step and number of the parameter, i / 4), whichever thread comes by. */
 MFT_API mft_status mft_optimizer_create   (mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
                                            const unsigned char *no_decay, int n_params, mft_optimizer **out);
 /* Clips, updates, zeroes the gradients. out_grad_norm (may be NULL): before clipping.
@@ -4528,6 +4541,8 @@ typedef struct mft__update {
     void        *state[MFT__MAX_STATES];    /* in the order of the method's layouts                  */
     int64_t      step;                      /* 1 is the first                                        */
     double       learning_rate, weight_decay, grad_scale;        /* g counts times grad_scale        */
+    uint64_t     seed, stream;              /* of random numbers: this parameter's at this step      */
+    const struct mft__code *codes;          /* 8-bit moments: of exp_avg, of exp_avg_sq              */
 } mft__update;
 
 typedef struct mft__method {
@@ -4545,9 +4560,10 @@ static int mft__state_like(mft__state_layout *out, int n, const char *suffix, co
 
 typedef struct mft__update_task {
     const mft__kernels *k;
+    const mft__update  *u;
     mft__adamw   c;
-    float       *p, *m, *v;
-    const float *g;
+    float       *m, *v;                     /* moments in f32, or what their codes are multiplied by */
+    uint8_t     *m8, *v8;                   /* their codes, or NULL                                  */
     float        lr, momentum;
     int          first;
 } mft__update_task;
@@ -4564,8 +4580,98 @@ static void mft__update_constants(mft_context *ctx, const mft_optimizer_desc *d,
     t->c.eps         = (float)d->eps;
     t->c.inv_sqrt_c2 = (float)(1 / sqrt(c2));
     t->c.grad_scale  = (float)u->grad_scale;
-    t->p = (float *)u->p->data; t->g = u->g;
+    t->u = u;
     t->lr = (float)u->learning_rate; t->momentum = (float)d->momentum; t->first = u->step == 1;
+}
+
+/* ---- parameters in f32, or in bf16: as f32 for the time of an update ---- */
+enum { MFT__UPDATE_BLOCK = 256 };           /* elements that are unpacked at a time, and that share a scale */
+
+/* bf16 above or below, each with the odds that make the mean x: elements [first, first + n), first a multiple of 4 */
+static void mft__to_bf16_by_chance(uint16_t *dst, const float *src, int64_t first, int64_t n, const mft__update *u)
+{
+    uint64_t bits = 0;
+    int64_t  i;
+    for (i = 0; i < n; i++, bits >>= 16) {
+        uint32_t x = mft__float_to_bits(src[i]);
+        if (i % 4 == 0) bits = mft__random(u->seed, u->stream, (uint64_t)(first + i) / 4);
+        if ((x & 0x7f800000u) != 0x7f800000u) x += (uint32_t)bits & 0xffff;     /* infinity and NaN stay */
+        dst[i] = (uint16_t)(x >> 16);
+    }
+}
+
+/* Numbers [i, i + n) of the parameter in f32: where they are, or in `unpacked` */
+static float *mft__update_read(const mft__update *u, int64_t i, int64_t n, float *unpacked)
+{
+    if (u->p->dtype == MFT_F32) return (float *)u->p->data + i;
+    mft__to_float(unpacked, (const uint16_t *)u->p->data + i, MFT_BF16, n);
+    return unpacked;
+}
+
+static void mft__update_write(const mft__update *u, int64_t i, int64_t n, const float *unpacked)
+{
+    if (u->p->dtype == MFT_BF16) mft__to_bf16_by_chance((uint16_t *)u->p->data + i, unpacked, i, n, u);
+}
+
+/* ---- 8-bit codes: magnitudes of a block relative to its greatest ---- */
+enum { MFT__CODE_SMALL = 4096, MFT__CODE_KEYS = 0xc01 };        /* keys: the upper halves of f32 from 2^-24 to 1 */
+
+typedef struct mft__code {
+    float   value[256];                     /* of each code; signed: ascending, code 127 is 0        */
+    float   middle[256];                    /* of magnitude k and the next; the last: above all      */
+    uint8_t first[MFT__CODE_KEYS];          /* magnitude nearest to the least number with this key: another's is at most one above */
+    int     is_signed;
+} mft__code;
+
+/* Decade d of 0 .. 6 reaches from 10^(d-7) to 10^(d-6), in 2^d cells, or 2^(d+1) without a sign; 0 and 1 besides. */
+static void mft__code_make(mft__code *c, int is_signed)
+{
+    float  magnitude[256];
+    double decade = 1e-6;
+    int    d, k, n = 0, key;
+    magnitude[n++] = 0;
+    for (d = 0; d < 7; d++, decade *= 10)
+        for (k = 0; k < 1 << (d + !is_signed); k++) magnitude[n++] = (float)(decade * (0.1 + 0.9 * (k + 0.5) / (1 << (d + !is_signed))));
+    magnitude[n++] = 1;
+    c->is_signed = is_signed;
+    for (k = 0; k < n; k++) {
+        c->middle[k] = k + 1 < n ? (magnitude[k] + magnitude[k + 1]) / 2 : 2;
+        c->value[is_signed ? 127 + k : k] = magnitude[k];
+        if (is_signed && k < 128) c->value[127 - k] = k ? -magnitude[k] : 0;
+    }
+    for (key = 0, k = 0; key < MFT__CODE_KEYS; key++) {
+        while (key && c->middle[k] < mft__bits_to_float((uint32_t)(key + 0x3380) << 16)) k++;
+        c->first[key] = (uint8_t)k;
+    }
+}
+
+/* The nearest magnitude to a, 0 <= a <= 1. */
+static int mft__code_nearest(const mft__code *c, float a)
+{
+    uint32_t u = mft__float_to_bits(a) >> 16;
+    int      k = c->first[u <= 0x3380 ? 0 : u >= 0x3f80 ? MFT__CODE_KEYS - 1 : u - 0x3380];
+    return k + (a > c->middle[k]);
+}
+
+static void mft__code_pack(const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n)
+{
+    float   most = 0;
+    int64_t i;
+    for (i = 0; i < n; i++) if (fabsf(x[i]) > most) most = fabsf(x[i]);
+    *scale = most = most > 3.402823466e38f ? 3.402823466e38f : most;        /* a square may overflow; zero times infinity must not be */
+    for (i = 0; i < n; i++) {
+        float a = most > 0 ? fabsf(x[i]) / most : 0;
+        int   k = mft__code_nearest(c, a);
+        if (!c->is_signed) k += !k && x[i] > 0;
+        else               k = x[i] < 0 ? 127 - (k < 127 ? k : 127) : 127 + k;
+        codes[i] = (uint8_t)k;
+    }
+}
+
+static void mft__code_unpack(const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = c->value[codes[i]] * scale;
 }
 
 /* ---- AdamW ---- */
@@ -4575,18 +4681,52 @@ static int mft__adamw_layouts(const mft_optimizer_desc *d, const mft_tensor *p, 
     return mft__state_like(out, mft__state_like(out, 0, "exp_avg", p), "exp_avg_sq", p);
 }
 
+static int mft__adamw8bit_layouts(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES])
+{
+    static const char *const suffixes[4] = { "exp_avg", "exp_avg_sq", "exp_avg.absmax", "exp_avg_sq.absmax" };
+    int64_t n = mft_tensor_numel(p);
+    int     k;
+    if (n < MFT__CODE_SMALL) return mft__adamw_layouts(d, p, out);
+    for (k = 0; k < 4; k++) {
+        out[k].suffix = suffixes[k]; out[k].dtype = k < 2 ? MFT_U8 : MFT_F32;
+        out[k].ndim = 1; out[k].shape[0] = k < 2 ? n : (n + MFT__UPDATE_BLOCK - 1) / MFT__UPDATE_BLOCK;
+    }
+    return 4;
+}
+
 static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
 {
-    mft__update_task *t = (mft__update_task *)arg;
+    mft__update_task  *t = (mft__update_task *)arg;
+    const mft__update *u = t->u;
+    float   unpacked[3][MFT__UPDATE_BLOCK];
+    int64_t piece = end - begin, i, n, block;
     (void)worker;
-    t->k->adamw(t->p + begin, t->m + begin, t->v + begin, t->g + begin, end - begin, &t->c);
+    if (t->m8 || u->p->dtype != MFT_F32) piece = MFT__UPDATE_BLOCK;
+    for (i = begin; i < end; i += n) {
+        float *p, *m = unpacked[1], *v = unpacked[2];
+        n = mft__min(piece, end - i);
+        p = mft__update_read(u, i, n, unpacked[0]);
+        block = i / MFT__UPDATE_BLOCK;
+        if (t->m8) {
+            mft__code_unpack(&u->codes[0], m, t->m8 + i, t->m[block], n);
+            mft__code_unpack(&u->codes[1], v, t->v8 + i, t->v[block], n);
+        } else { m = t->m + i; v = t->v + i; }
+        t->k->adamw(p, m, v, u->g + i, n, &t->c);
+        if (t->m8) {
+            mft__code_pack(&u->codes[0], t->m8 + i, &t->m[block], m, n);
+            mft__code_pack(&u->codes[1], t->v8 + i, &t->v[block], v, n);
+        }
+        mft__update_write(u, i, n, p);
+    }
 }
 
 static mft_status mft__adamw_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
 {
     mft__update_task t;
+    int              packed = u->state[2] != NULL;
     mft__update_constants(ctx, d, u, &t);
-    t.m = (float *)u->state[0]; t.v = (float *)u->state[1];
+    t.m  = (float *)u->state[packed ? 2 : 0];             t.v  = (float *)u->state[packed ? 3 : 1];
+    t.m8 = packed ? (uint8_t *)u->state[0] : NULL;        t.v8 = packed ? (uint8_t *)u->state[1] : NULL;
     mft__parallel(ctx, mft_tensor_numel(u->p), MFT__VECTOR_GRAIN, mft__adamw_run, &t);
     return MFT_OK;
 }
@@ -4599,13 +4739,21 @@ static int mft__sgd_layouts(const mft_optimizer_desc *d, const mft_tensor *p, mf
 
 static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
 {
-    mft__update_task *t = (mft__update_task *)arg;
-    int64_t i;
+    mft__update_task  *t = (mft__update_task *)arg;
+    const mft__update *u = t->u;
+    float   unpacked[MFT__UPDATE_BLOCK];
+    int64_t i, k, n;
     (void)worker;
-    for (i = begin; i < end; i++) {
-        float g = t->g[i] * t->c.grad_scale;
-        if (t->m) g = t->m[i] = t->first ? g : t->momentum * t->m[i] + g;
-        t->p[i] = t->p[i] * t->c.decay - t->lr * g;
+    for (i = begin; i < end; i += n) {
+        float *p;
+        n = mft__min(MFT__UPDATE_BLOCK, end - i);
+        p = mft__update_read(u, i, n, unpacked);
+        for (k = 0; k < n; k++) {
+            float g = u->g[i + k] * t->c.grad_scale;
+            if (t->m) g = t->m[i + k] = t->first ? g : t->momentum * t->m[i + k] + g;
+            p[k] = p[k] * t->c.decay - t->lr * g;
+        }
+        mft__update_write(u, i, n, p);
     }
 }
 
@@ -4619,8 +4767,9 @@ static mft_status mft__sgd_update(mft_context *ctx, const mft_optimizer_desc *d,
 }
 
 static const mft__method mft__methods[] = {                     /* in the order of mft_optimizer_kind */
-    { mft__adamw_layouts, mft__adamw_update },
-    { mft__sgd_layouts,   mft__sgd_update   }
+    { mft__adamw_layouts,     mft__adamw_update },
+    { mft__sgd_layouts,       mft__sgd_update   },
+    { mft__adamw8bit_layouts, mft__adamw_update }
 };
 enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
 
@@ -4638,6 +4787,7 @@ struct mft_optimizer {
     mft_optimizer_desc desc;
     mft__slot     *slots;
     mft_tensor    *step;                    /* i64 [1] */
+    mft__code     *codes;                   /* [2], of 8-bit moments; NULL without */
     int            n;
 };
 
@@ -4670,6 +4820,7 @@ static void mft__optimizer_destroy_object(void *self)
         for (k = 0; k < opt->slots[i].n_states; k++) mft__state_destroy(ctx, opt->slots[i].state[k]);
     mft_tensor_destroy(ctx, opt->step);
     mft__free(ctx, opt->slots, (size_t)opt->n * sizeof *opt->slots);
+    mft__free(ctx, opt->codes, 2 * sizeof *opt->codes);
     mft__free(ctx, opt, sizeof *opt);
 }
 
@@ -4717,8 +4868,8 @@ static mft_status mft__optimizer_create_from(mft_context *ctx, const mft_optimiz
     *out = NULL;
     if (n_params < 1 || !params) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: no parameters");
     for (i = 0; i < n_params; i++)
-        if (!params[i] || params[i]->dtype != MFT_F32 || mft__of(params[i])->kind == MFT__STEP_TENSOR)
-            return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: parameter %d is not a held f32 tensor", i);
+        if (!params[i] || (params[i]->dtype != MFT_F32 && params[i]->dtype != MFT_BF16) || mft__of(params[i])->kind == MFT__STEP_TENSOR)
+            return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: parameter %d is not a held f32 or bf16 tensor", i);
     if (desc && (!(desc->beta1 >= 0 && desc->beta1 < 1) || !(desc->beta2 >= 0 && desc->beta2 < 1) || !(desc->eps >= 0) || !(desc->momentum >= 0)
                  || !(desc->weight_decay >= 0) || desc->max_grad_norm != desc->max_grad_norm))
         return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: beta1 %g, beta2 %g are in [0, 1), eps %g, momentum %g, weight_decay %g not negative, max_grad_norm %g a number",
@@ -4739,6 +4890,11 @@ static mft_status mft__optimizer_create_from(mft_context *ctx, const mft_optimiz
     opt->step  = mft__tensor_held(ctx, MFT__OPTIMIZER, MFT_I64, 1, &one, NULL);
     if (!opt->slots || !opt->step) goto fail;
     opt->step->name = "step";
+    if (opt->desc.kind == MFT_ADAMW8BIT) {
+        if (!(opt->codes = (mft__code *)mft__alloc(ctx, 2 * sizeof *opt->codes))) goto fail;
+        mft__code_make(&opt->codes[0], 1);
+        mft__code_make(&opt->codes[1], 0);
+    }
     for (i = 0; i < n_params; i++) {
         opt->slots[i].p = params[i];
         opt->slots[i].no_decay = no_decay && no_decay[i];
@@ -4774,29 +4930,31 @@ MFT_API int mft_optimizer_state(mft_optimizer *opt, mft_tensor **out, int cap)
     return n + 1;
 }
 
-typedef struct mft__norm_task { const mft__kernels *k; const float *g; double *partial; } mft__norm_task;
+typedef struct mft__norm_task { const mft__kernels *k; const float *x; double *partial; int64_t piece; } mft__norm_task;
 static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
 {
     mft__norm_task *t = (mft__norm_task *)arg;
     (void)worker;
-    t->partial[begin / MFT__VECTOR_GRAIN] = t->k->sum_squares(t->g + begin, end - begin);
+    t->partial[begin / t->piece] = t->k->sum_squares(t->x + begin, end - begin);
 }
 
-/* The sum of squares of a parameter's gradient, in double in a fixed order; a parameter no backward has reached
- * since it was zeroed counts as zeros. Negative when memory is out. */
+/* The sum of squares of n numbers, in double in a fixed order: of at most 256 pieces, whose size n alone decides. */
+static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n)
+{
+    double         partial[256], total = 0;
+    int64_t        i;
+    mft__norm_task t;
+    t.k = ctx->kernels; t.x = x; t.partial = partial;
+    t.piece = n > 256 * (int64_t)MFT__VECTOR_GRAIN ? (n + 255) / 256 : (int64_t)MFT__VECTOR_GRAIN;
+    mft__parallel(ctx, n, t.piece, mft__norm_run, &t);
+    for (i = 0; i * t.piece < n; i++) total += partial[i];
+    return total;
+}
+
+/* The same of a parameter's gradient; one that no backward has reached since it was zeroed counts as zeros. */
 static double mft__grad_squares(mft_context *ctx, mft_tensor *p)
 {
-    int64_t        n = mft_tensor_numel(p), c, chunks = (n + MFT__VECTOR_GRAIN - 1) / MFT__VECTOR_GRAIN;
-    double         total = 0;
-    mft__norm_task t;
-    if (!p->grad || !mft__of(p)->grad_written) return 0;
-    t.k = ctx->kernels; t.g = (const float *)p->grad->data;
-    t.partial = (double *)mft__high(ctx, (size_t)chunks * sizeof(double));
-    if (!t.partial) return -1;
-    mft__parallel(ctx, n, MFT__VECTOR_GRAIN, mft__norm_run, &t);
-    for (c = 0; c < chunks; c++) total += t.partial[c];
-    mft__high_free(ctx, t.partial, (size_t)chunks * sizeof(double));
-    return total;
+    return p->grad && mft__of(p)->grad_written ? mft__sum_squares(ctx, (const float *)p->grad->data, mft_tensor_numel(p)) : 0;
 }
 
 /* Updates parameter number i by its gradient times grad_scale, which is then used up. The optimizer's step is the
@@ -4815,6 +4973,8 @@ static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learni
     u.step = *(const int64_t *)opt->step->data;
     u.learning_rate = learning_rate; u.grad_scale = grad_scale;
     u.weight_decay = s->no_decay ? 0.0 : opt->desc.weight_decay;
+    u.seed = opt->ctx->seed; u.stream = (uint64_t)1 << 63 | (uint64_t)u.step << 24 | (uint64_t)i;     /* dropout's have no highest bit */
+    u.codes = opt->codes;
     status = mft__methods[opt->desc.kind].update(opt->ctx, &opt->desc, &u);
     if (status == MFT_OK) mft__of(s->p)->grad_written = 0;
     return status;
@@ -4841,11 +5001,7 @@ static mft_status mft__optimizer_step_scaled(mft_optimizer *opt, double learning
     mft_status s = MFT_OK;
     int        i;
 
-    for (i = 0; i < opt->n; i++) {
-        double squares = mft__grad_squares(opt->ctx, opt->slots[i].p);
-        if (squares < 0) return MFT_ERR_OUT_OF_MEMORY;
-        total += squares;
-    }
+    for (i = 0; i < opt->n; i++) total += mft__grad_squares(opt->ctx, opt->slots[i].p);
     norm = sqrt(total) * grad_scale;
     if (out_grad_norm) *out_grad_norm = norm;
     if (!(norm <= 3.4e38)) return mft__fail(opt->ctx, MFT_ERR_NOT_FINITE, "the gradient's norm is %g: nothing was updated", norm);

@@ -12066,7 +12066,7 @@ static mft_status mft__plan_refuse(mft_trainer *tr, int seq, const mft_plan *lea
     if (seq > 1) at += (size_t)snprintf(levers + at, sizeof levers - at, "; sequences of %d tokens would save %.1f MB", seq / 2, (double)(least->total - half.total) / mb);
     if (tr->model->n_adapters) at += (size_t)snprintf(levers + at, sizeof levers - at, "; half the rank %.1f MB", (double)adapters / 2 / mb);
     if (least->optimizer > 64 && tr->desc.optimizer.kind == MFT_ADAMW)
-        snprintf(levers + at, sizeof levers - at, "; SGD without momentum %.1f MB", (double)least->optimizer / mb);
+        snprintf(levers + at, sizeof levers - at, "; 8-bit AdamW about %.1f MB, SGD without momentum %.1f MB", (double)least->optimizer * 0.75 / mb, (double)least->optimizer / mb);
     return mft__fail(tr->ctx, MFT_ERR_OUT_OF_MEMORY, "the memory budget of %.1f MB is too small: with one sequence of %d tokens at a time, every block recomputed and weights "
                      "dropped behind their use, a step takes %.1f MB (%.1f for weights, %.1f trained with gradients and optimizer, %.1f for the step, %.1f tokenizer, "
                      "%.1f data and structures, %.1f process)%s", (double)tr->ctx->budget / mb, seq, (double)least->total / mb,

@@ -39,7 +39,7 @@ static void make_base(const char *name, const char *tokenizer)
 /* How a run is made. Zero: the usual one. */
 typedef struct recipe {
     const char *base;                       /* in the room ["base"]; a path with '/' is one */
-    int         threads, full, rank, rows, accum, momentum, micro;
+    int         threads, full, rank, rows, accum, momentum, optim, micro;
     const char *targets, *weights;
     float       alpha, dropout;
     double      lr;
@@ -75,7 +75,7 @@ static mft_status try_open(const recipe *k, run *r)
     dd.max_seq_len = 12; dd.seed = k->data_seed ? k->data_seed : 3;
     td.micro_batch = k->micro ? k->micro : 2; td.grad_accum = k->accum ? k->accum : 2; td.learning_rate = k->lr ? k->lr : 1e-2;
     td.schedule = MFT_SCHEDULE_COSINE; td.total_steps = 20; td.warmup_steps = 3; td.optimizer.weight_decay = 0.01;
-    td.optimizer.kind = k->momentum ? MFT_SGD : MFT_ADAMW; td.optimizer.momentum = k->momentum ? 0.9 : 0;
+    td.optimizer.kind = k->momentum ? MFT_SGD : (mft_optimizer_kind)k->optim; td.optimizer.momentum = k->momentum ? 0.9 : 0;
     td.save_dir = k->save_dir; td.save_steps = k->save_steps; td.save_total_limit = k->save_total_limit;
     if ((s = mft_context_create(&cd, &r->ctx)) != MFT_OK) return s;
     if ((s = mft_model_load(r->ctx, strchr(base, '/') ? base : in_room(base), &md, &r->m)) != MFT_OK) return s;
@@ -140,7 +140,7 @@ static uint64_t bits(run *r)
  * replaces the one before, with other threads after it. 11 rows in windows of 2 x 2 end in the middle of a window. */
 static void test_same_bits(void)
 {
-    recipe ways[6];
+    recipe ways[7];
     int    w, stop;
     memset(ways, 0, sizeof ways);
     ways[1].full = 1;
@@ -148,7 +148,8 @@ static void test_same_bits(void)
     ways[3].accum = 1; ways[3].micro = 3; ways[3].rows = 7;
     ways[4].base = "tests/golden/gpt2"; ways[4].full = 1;         /* Conv1D: matrices that lie the other way */
     ways[5].base = "tests/golden/qwen2_bf16"; ways[5].full = 1;   /* weights that the snapshot has in bf16 */
-    for (w = 0; w < 6; w++) {
+    ways[6].full = 1; ways[6].optim = MFT_ADAMW8BIT;
+    for (w = 0; w < (int)(sizeof ways / sizeof *ways); w++) {
         run      r = open_run(&ways[w]);
         uint64_t straight;
         steps(&r, 20);

@@ -121,6 +121,115 @@ static void test_sgd(void)
     d.momentum = 0.9;                                        run_against_reference(&d, 1, "SGD, momentum");
 }
 
+/* ---- 8-bit moments ---- */
+
+/* bitsandbytes 0.50.2: m = functional.create_dynamic_map(signed); m[[0, 1, 63, 126, 127, 128, 129, 130, 200, 254, 255]],
+ * sum |m[i]|, sum i m[i] */
+static void test_codes(void)
+{
+    static const int    at[11] = { 0, 1, 63, 126, 127, 128, 129, 130, 200, 254, 255 };
+    static const double want[2][13] = {
+        { -0.992968738, -0.978906274, -0.107031256, -5.50000038e-07, 0, 5.50000038e-07, 3.25000019e-06, 7.7499999e-06, 0.233593747, 0.992968738, 1, 75.1052632, 7779.62686 },
+        { 0, 3.2500003e-07, 0.010703126, 0.0992968753, 0.103515625, 0.110546872, 0.117578126, 0.124609374, 0.616796851, 0.996484399, 1, 75.1052632, 15267.4511 }
+    };
+    static mft__code c;
+    int is_signed, i, k;
+    for (is_signed = 1; is_signed >= 0; is_signed--) {
+        const double *w = want[!is_signed];
+        double sum = 0, weighted = 0;
+        uint32_t seed = 3;
+        mft__code_make(&c, is_signed);
+        for (i = 0; i < 256; i++) { sum += fabs((double)c.value[i]); weighted += i * (double)c.value[i]; CHECK(!i || c.value[i] > c.value[i - 1]); }
+        for (i = 0; i < 11; i++) CHECK_MSG(fabs(c.value[at[i]] - w[i]) <= 2e-7 * fabs(w[i]), "code %d is %.9g, not %.9g", at[i], (double)c.value[at[i]], w[i]);
+        CHECK(fabs(sum / w[11] - 1) < 1e-7 && fabs(weighted / w[12] - 1) < 1e-7);
+        for (i = 0; i < 200000; i++) {                          /* the nearest of all, for numbers of all sizes and for the middles themselves */
+            float   x = powf(10, -8 * fabsf(test_random(&seed))), scale, best = 9;
+            uint8_t code;
+            float   two[2];
+            if (i < 128) x = c.middle[i] > 1 ? 1 : c.middle[i];
+            if (is_signed && i % 2) x = -x;
+            two[0] = x; two[1] = 1;                             /* the 1 makes the scale 1 */
+            { uint8_t codes[2]; mft__code_pack(&c, codes, &scale, two, 2); code = codes[0]; }
+            for (k = 0; k < 256; k++) if (fabsf(c.value[k] - x) < best) best = fabsf(c.value[k] - x);
+            if (!is_signed && x > 0 && x < c.value[1] / 2) { if (code != 1) { CHECK_MSG(0, "%g went to code %d", (double)x, code); return; } continue; }
+            if (!(fabsf(c.value[code] - x) <= best + 1.2e-7f * fabsf(x)) || scale != 1) { CHECK_MSG(0, "%.9g went to %.9g, which is not the nearest", (double)x, (double)c.value[code]); return; }
+        }
+    }
+}
+
+/* Each step from the state the one before left, in double: the new parameters, what each block's greatest is, and
+ * that each moment went to a code as near as any. */
+static void test_adamw8bit(void)
+{
+    static float  g0[N0], before[N0];
+    static double m[N0], v[N0];
+    static mft__code c[2];
+    int    row;
+    mft_context *ctx;
+    mft__code_make(&c[0], 1); mft__code_make(&c[1], 0);
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        int64_t        s0[1] = { N0 }, s1[2] = { 5, 7 };
+        mft_tensor    *p[2], *state[7] = { NULL, NULL, NULL, NULL, NULL, NULL, NULL };
+        mft_optimizer *opt;
+        mft_optimizer_desc d;
+        mft_memory_report  r;
+        uint32_t       seed = 1;
+        int            i, k, b, step, n_state;
+        double         worst = 0, off = 0;
+        p[0] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s0); p[1] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 2, s1);
+        p[0]->trainable = 1; p[0]->name = "w";
+        for (i = 0; i < N0; i++) ((float *)p[0]->data)[i] = test_random(&seed);
+        memset(&d, 0, sizeof d);
+        d.kind = MFT_ADAMW8BIT; d.max_grad_norm = -1; d.weight_decay = 0.1;
+        CHECK(mft_optimizer_create(ctx, &d, p, NULL, 2, &opt) == MFT_OK);
+        n_state = mft_optimizer_state(opt, state, 7);
+        CHECK(n_state == 7 && state[0]->dtype == MFT_U8 && state[1]->dtype == MFT_U8 && state[2]->dtype == MFT_F32 && !strcmp(state[2]->name, "w.exp_avg.absmax"));
+        CHECK(state[4]->dtype == MFT_F32 && mft_tensor_numel(state[4]) == 35 && mft_tensor_numel(state[3]) == (N0 + 255) / 256);     /* the small one keeps f32 */
+        mft_memory(ctx, &r);
+        CHECK(r.optimizer == 8 + 2 * N0 + 2 * 4 * ((N0 + 255) / 256) + 2 * 4 * 35);
+        for (step = 1; step <= STEPS; step++) {
+            const uint8_t *mc = (const uint8_t *)state[0]->data, *vc = (const uint8_t *)state[1]->data;
+            const float   *ms = (const float *)state[2]->data, *vs = (const float *)state[3]->data;
+            double         lr = 0.01 / step;
+            memcpy(before, p[0]->data, sizeof before);
+            for (i = 0; i < N0; i++) {
+                g0[i] = test_random(&seed) * powf(10, 3 * test_random(&seed)) * (i % 11 == 5 ? 0.0f : 1.0f);
+                if (step == STEPS && i / 256 == 5) g0[i] = 1e25f;        /* whose square is no float: nothing becomes NaN */
+                m[i] = 0.9   * (double)(c[0].value[mc[i]] * ms[i / 256]) + 0.1 * (double)g0[i];
+                v[i] = 0.999 * (double)(c[1].value[vc[i]] * vs[i / 256]) + 0.001 * (double)g0[i] * g0[i];
+            }
+            give_gradient(ctx, p[0], g0);
+            CHECK(mft_optimizer_step(opt, lr, NULL) == MFT_OK);
+            for (b = 0; b * 256 < N0; b++) {
+                double most[2] = { 0, 0 };
+                for (i = b * 256; i < N0 && i < b * 256 + 256; i++) {
+                    double want = before[i] * (1 - lr * 0.1) - lr * (m[i] / (1 - pow(0.9, step))) / (sqrt(v[i] / (1 - pow(0.999, step))) + 1e-8), gap = fabs(((float *)p[0]->data)[i] - want);
+                    if (v[i] < 1e38 && !(gap <= worst)) worst = gap;
+                    if (fabs(m[i]) > most[0]) most[0] = fabs(m[i]);
+                    if (v[i] > most[1]) most[1] = v[i];
+                    CHECK(fabs(((float *)p[0]->data)[i]) < 10 && ms[b] < 1e38f && vs[b] <= 3.40282347e38f);
+                }
+                if (most[1] > 3e38) continue;
+                CHECK(fabs(ms[b] / most[0] - 1) < 1e-6 && fabs(vs[b] / most[1] - 1) < 1e-6);
+                for (i = b * 256; i < N0 && i < b * 256 + 256; i++) {
+                    double near_m = 9, near_v = 9, am = m[i] / ms[b], av = v[i] / vs[b];
+                    for (k = 0; k < 256; k++) {
+                        if (fabs(c[0].value[k] - am) < near_m) near_m = fabs(c[0].value[k] - am);
+                        if ((k || av == 0) && fabs(c[1].value[k] - av) < near_v) near_v = fabs(c[1].value[k] - av);
+                    }
+                    near_m = fabs(c[0].value[mc[i]] - am) - near_m; near_v = fabs(c[1].value[vc[i]] - av) - near_v;
+                    if (!(near_m <= off)) off = near_m;
+                    if (!(near_v <= off)) off = near_v;
+                }
+            }
+        }
+        if (getenv("MFT_TEST_VERBOSE")) printf("seen AdamW8bit, row %s: parameters %.1e, codes %.1e\n", mft_kernels_name(ctx), worst, off);
+        CHECK_MSG(worst < 4e-7, "row %s: %.3g", mft_kernels_name(ctx), worst);          /* as for f32 moments: one step's roundings */
+        CHECK_MSG(off < 1e-6, "row %s: %.3g", mft_kernels_name(ctx), off);              /* roundings of moments; the codes are 2e-7 and more apart, most 7e-3 */
+        mft_context_destroy(ctx);
+    }
+}
+
 /* torch 2.13: optim.AdamW(lr 1e-2, weight_decay 0.1), three steps; parameters after each. Made by
  *   p = torch.tensor([0.5, -1.25, 3.0]); g = [[0.1, -2.0, 0.0], [0.3, 0.0, 1e-4], [-0.2, 0.5, 1e-8]] */
 static void test_adamw_torch(void)
@@ -279,37 +388,38 @@ static void test_resume(void)
     int          row, kind;
     for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
         mft_context_destroy(ctx);
-        for (kind = 0; kind < 2; kind++) {
-            float    result[2][41];
+        for (kind = 0; kind < 3; kind++) {
+            enum { N = 5003 };                                  /* above 4096, where 8-bit states begin */
+            static float result[2][N];
             int      run;
             for (run = 0; run < 2; run++) {
-                int64_t        s[1] = { 41 };
+                int64_t        s[1] = { N };
                 mft_tensor    *p;
                 mft_optimizer *opt, *next;
                 mft_optimizer_desc d;
                 uint32_t       seed = 2;
-                float          g[41];
+                static float   g[N];
                 int            i, step, k, n;
                 ctx = context_of_row(row);
                 p = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s);
                 p->trainable = 1;
                 memset(&d, 0, sizeof d);
-                d.kind = kind ? MFT_SGD : MFT_ADAMW; d.momentum = 0.9; d.weight_decay = 0.01;
-                for (i = 0; i < 41; i++) ((float *)p->data)[i] = test_random(&seed);
+                d.kind = (mft_optimizer_kind)kind; d.momentum = 0.9; d.weight_decay = 0.01;
+                for (i = 0; i < N; i++) ((float *)p->data)[i] = test_random(&seed);
                 CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &opt) == MFT_OK);
                 for (step = 0; step < 6; step++) {
                     if (run && step == 3) {
-                        mft_tensor *from[4], *to[4];
+                        mft_tensor *from[6], *to[6];
                         CHECK(mft_optimizer_create(ctx, &d, &p, NULL, 1, &next) == MFT_OK);
-                        n = mft_optimizer_state(opt, from, 4);
-                        CHECK(n == (kind ? 2 : 3) && mft_optimizer_state(next, to, 4) == n);
+                        n = mft_optimizer_state(opt, from, 6);
+                        CHECK(n == (kind == MFT_SGD ? 2 : kind == MFT_ADAMW ? 3 : 5) && mft_optimizer_state(next, to, 6) == n);
                         CHECK(mft_optimizer_state(opt, to, 1) == n && mft_optimizer_state(opt, NULL, 0) == n);      /* the full count */
-                        mft_optimizer_state(next, to, 4);
+                        mft_optimizer_state(next, to, 6);
                         for (k = 0; k < n; k++) { CHECK(strcmp(from[k]->name, to[k]->name) == 0); CHECK(mft_tensor_copy(ctx, to[k], from[k]) == MFT_OK); }
                         mft_optimizer_destroy(opt);
                         opt = next;
                     }
-                    for (i = 0; i < 41; i++) g[i] = test_random(&seed);
+                    for (i = 0; i < N; i++) g[i] = test_random(&seed);
                     give_gradient(ctx, p, g);
                     CHECK(mft_optimizer_step(opt, 0.01, NULL) == MFT_OK);
                 }
@@ -385,7 +495,7 @@ static void test_schedules(void)
 
 int main(void)
 {
-    TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_clip_small_norms);
+    TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_codes); TEST(test_adamw8bit); TEST(test_clip_small_norms);
     TEST(test_not_finite); TEST(test_extreme_gradients); TEST(test_zeroed); TEST(test_resume);
     TEST(test_create_refusals); TEST(test_state_names); TEST(test_schedules);
     return test_report("optimizer");

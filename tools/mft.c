@@ -86,7 +86,7 @@ static const flag flags[] = {
     { "warmup-ratio",       NUMBER,  AT(warmup_ratio),       0, 1, "X",    "the same as a share of all steps                             [0]" },
     { "weight-decay",       NUMBER,  AT(weight_decay),       0, 1e9, "X",  "decoupled weight decay                                       [0]" },
     { "max-grad-norm",      NUMBER,  AT(max_grad_norm),      0, 1e30, "X", "clip gradients to this 2-norm; 0: no clipping                [1]" },
-    { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw or sgd                                                 [adamw]" },
+    { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw, adamw8bit (2 bytes of state a number, not 8) or sgd   [adamw]" },
     { "seed",               INTEGER, AT(seed),               0, 9007199254740992.0, "N", "of all that is random                                        [0]" },
     { "assistant-loss-only", SWITCH, AT(assistant_loss_only), 0, 0, NULL,  "insist on chat data: learn assistant turns only" },
     { "train-on-prompt",    SWITCH,  AT(train_on_prompt),    0, 0, NULL,   "learn prompts and user turns as well" },
@@ -433,12 +433,17 @@ static void print_help(const command *c)
 /* One of the words, by its place; -1 and a sentence on stderr if it is none. NULL is the first. */
 static int choice(const char *flag_name, const char *value, const char *const *words)
 {
-    int i;
+    const char *near = NULL;
+    int         i, least = 4;
     if (!value) return 0;
     for (i = 0; words[i]; i++) if (!strcmp(value, words[i])) return i;
     fprintf(stderr, "mft: --%s %s: must be one of", flag_name, value);
-    for (i = 0; words[i]; i++) fprintf(stderr, "%s %s", i ? "," : "", words[i]);
-    fprintf(stderr, "\n");
+    for (i = 0; words[i]; i++) {
+        int d = edits(value, words[i]);
+        if (d < least) { least = d; near = words[i]; }
+        fprintf(stderr, "%s %s", i ? "," : "", words[i]);
+    }
+    fprintf(stderr, near ? "; did you mean %s?\n" : "\n", near);
     return -1;
 }
 
@@ -837,11 +842,11 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
 {
     static const char *const schedules[] = { "cosine", "linear", "constant", NULL };
     static const mft_schedule_kind kinds[] = { MFT_SCHEDULE_COSINE, MFT_SCHEDULE_LINEAR, MFT_SCHEDULE_CONSTANT };
-    static const char *const optimizers[] = { "adamw", "sgd", NULL };
+    static const char *const optimizers[] = { "adamw", "sgd", "adamw8bit", NULL };     /* in the order of mft_optimizer_kind */
     int schedule = choice("lr-scheduler", o->lr_scheduler, schedules), optimizer = choice("optim", o->optim, optimizers);
     if (schedule < 0 || optimizer < 0) return 0;
     memset(t, 0, sizeof *t);
-    t->optimizer.kind = optimizer ? MFT_SGD : MFT_ADAMW;
+    t->optimizer.kind = (mft_optimizer_kind)optimizer;
     t->optimizer.weight_decay = o->weight_decay;
     t->optimizer.max_grad_norm = o->max_grad_norm == 0 ? -1 : o->max_grad_norm;
     t->learning_rate = o->lr >= 0 ? o->lr : o->full ? 2e-5 : 2e-4;
