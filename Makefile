@@ -31,7 +31,7 @@ all: $(BUILD)/mft $(EXAMPLES)
 $(BUILD):
 	mkdir -p $(BUILD)
 
-$(BUILD)/mft: tools/mft.c tools/bench.h $(HEADERS) | $(BUILD)
+$(BUILD)/mft: tools/mft.c tools/bench.h tools/report.h $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. tools/mft.c -o $@ $(LIBS)
 
 $(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(HEADERS) | $(BUILD)

@@ -553,6 +553,101 @@ static void test_resume(void)
     expect(line, 1, "fresh: no checkpoint");
 }
 
+/* Does a file hold the text? */
+static int holds(const char *name, const char *text)
+{
+    char *all = test_read_file(in_room(name), NULL);
+    int   found = all && strstr(all, text) != NULL;
+    free(all);
+    return found;
+}
+
+static void write_line(FILE *f, long step, double loss, double elapsed)
+{
+    fprintf(f, "{\"step\":%ld,\"loss\":%.10g,\"lr\":0.001,\"grad_norm\":1.5,\"tokens\":64,\"tokens_per_second\":1000,\"peak_rss_bytes\":41943040,\"elapsed_s\":%g}\n", step, loss, elapsed);
+}
+
+/* Logs as a page: what stands in it and beside the log, what is wrong with a log, what fails. */
+static void test_report_page(void)
+{
+    static const char flags[] = "finetune --model @/q --data @/text.txt --eval-data @/text.txt --eval-steps 2 --seq-len 16 --max-steps 5 --batch-size 2 --seed 5 --lr 1e-2 --lora-dropout 0.1 --json";
+    char        line[700], *page, *again;
+    const char *at;
+    size_t      a = 0, b = 0;
+    mft_json   *j;
+    FILE       *f;
+    long        i, n;
+    /* samples change nothing of what is trained; they and the settings stand beside the log */
+    snprintf(line, sizeof line, "%s --output @/plain", flags);
+    CHECK(run(line) == 0);
+    snprintf(line, sizeof line, "%s --output @/said --log @/said.jsonl --samples 1 --sample-prompt '</script><b>The & cat'", flags);
+    CHECK_MSG(run(line) == 0, "%s", err);
+    page = test_read_file(in_room("plain/adapter_model.safetensors"), &a); again = test_read_file(in_room("said/adapter_model.safetensors"), &b);
+    CHECK(page && again && a == b && !memcmp(page, again, a));
+    free(page); free(again);
+    CHECK(mft_json_load(ctx, in_room("said.jsonl.about.json"), &j) == MFT_OK);
+    CHECK(mft_json_count(mft_json_get(j, "samples")) == 2 && number(mft_json_get(j, "config"), "max-steps") == 5 && number(mft_json_get(j, "run"), "steps") == 5);
+    for (i = 0; i < 2; i++) {
+        const mft_json *sample = mft_json_at(mft_json_get(j, "samples"), (size_t)i, NULL);
+        CHECK(mft_json_string(mft_json_get(sample, "before"), NULL) && mft_json_string(mft_json_get(sample, "after"), NULL));
+        if (i) CHECK_MSG(!strncmp(mft_json_string(mft_json_get(sample, "prompt"), NULL), "The cat sat", 11), "%s", mft_json_string(mft_json_get(sample, "prompt"), NULL));
+    }
+    mft_json_destroy(j);
+    CHECK(holds("said/finetune.yaml", "sample-prompt: \"</script>") && holds("said/finetune.yaml", "samples: 1\n"));
+    CHECK(run("report @/said.jsonl --output @/page.html --json") == 0);
+    mft_json_destroy(one_object(out, "output runs bytes"));
+    page = test_read_file(in_room("page.html"), NULL);
+    CHECK(page && !strncmp(page, "<!doctype html>", 15) && strstr(page, "&lt;/script&gt;&lt;b&gt;The &amp; cat") && strstr(page, ">max-steps<") && strstr(page, "held out"));
+    for (n = 0, at = page; at && (at = strstr(at, "</script>")) != NULL; at++) n++;
+    CHECK_MSG(n == 1, "%ld ends of scripts", n);
+    CHECK(page && !strstr(page, "http://") && !strstr(page, "https://") && !strstr(page, "nan") && !strstr(page, "inf<"));
+    free(page);
+
+    /* broken lines, losses that are none, steps that go back, a last line that is cut */
+    f = fopen(in_room("odd.jsonl"), "w");
+    for (i = 1; i <= 40; i++) write_line(f, i, 4.0, (double)i);
+    fprintf(f, "not json\n\n{\"step\":\"x\"}\n");
+    for (i = 31; i <= 60; i++) write_line(f, i, 2.0, (double)(i - 30));
+    fprintf(f, "{\"step\":61,\"loss\":null}\n{\"step\":62,\"loss\":NaN,\"lr\":Infinity,\"grad_norm\":-Infinity}\n{\"step\":62,\"eval_loss\":1.5}\n{\"step\":63,\"lo");
+    fclose(f);
+    CHECK_MSG(run("report @/odd.jsonl @/said.jsonl --name '<i>odd</i>' --output @/page.html") == 0, "%s", err);
+    CHECK(holds("page.html", "&lt;i&gt;odd&lt;/i&gt;: the run was stopped and went on once; the last time behind step 30. Steps that were done again are drawn as they went last (10 lines are left out)"));
+    CHECK(holds("page.html", ": 2 steps have no finite loss") && holds("page.html", ": 2 lines of the log could not be read; the first is line 41."));
+    CHECK(holds("page.html", "the last line is cut in the middle") && holds("page.html", "said</span>") && holds("page.html", "1m10s") && !holds("page.html", "<i>odd"));
+    CHECK_MSG(holds("page.html", ">odd</i>") == 0 && holds("page.html", "1.500"), "an evaluation on a line of its own");
+
+    /* long logs stay small, and lose no spike */
+    f = fopen(in_room("long.jsonl"), "w");
+    for (i = 1; i <= 100000; i++) write_line(f, i, i == 54321 ? 9.0 : i == 65432 ? 1.0 : 2.0 + (double)(i % 7) / 10, (double)i);
+    fclose(f);
+    CHECK(run("report @/long.jsonl --output @/page.html") == 0);
+    page = test_read_file(in_room("page.html"), &a);
+    CHECK_MSG(a < 150000, "%d bytes", (int)a);
+    at = page ? strstr(page, "id=loss-0-raw") : NULL;
+    CHECK_MSG(at && strstr(at, "543.205,100 ") && strstr(at, "654.317,900 "), "the highest of 100000 at step 54321, the lowest at 65432: %.60s", at ? at : "no such path");
+    free(page);
+
+    /* a memory trace, as JSONL and as CSV */
+    write_file(in_room("trace.jsonl"), "{\"t_ms\":0,\"rss_bytes\":1048576,\"step\":0,\"phase\":\"load\"}\n{\"t_ms\":5,\"rss_bytes\":3145728,\"step\":1,\"phase\":\"back<ward\"}\n{\"t_ms\":9,", strlen("{\"t_ms\":0,\"rss_bytes\":1048576,\"step\":0,\"phase\":\"load\"}\n{\"t_ms\":5,\"rss_bytes\":3145728,\"step\":1,\"phase\":\"back<ward\"}\n{\"t_ms\":9,"));
+    write_file(in_room("trace.csv"), "t_ms,rss_bytes,step,phase\n0,1048576,0,load\n5,2097152,1,forward\n", strlen("t_ms,rss_bytes,step,phase\n0,1048576,0,load\n5,2097152,1,forward\n"));
+    CHECK(run("report @/said.jsonl @/odd.jsonl --memory-trace @/trace.jsonl --memory-trace @/trace.csv --output @/page.html") == 0);
+    CHECK(holds("page.html", "back&lt;ward") && holds("page.html", ">forward<") && holds("page.html", "id=trace-1"));
+
+    /* a damaged companion is said, and done without */
+    write_file(in_room("odd.jsonl.about.json"), "{\"config\": {\"model\"", 20);
+    expect("report @/odd.jsonl --output @/page.html", 0, "odd.jsonl.about.json");
+    expect("report", 2, "which logs?");
+    expect("report @/odd.jsonl", 2, "--output");
+    expect("report @/odd.jsonl --name a --name b --output @/no.html", 2, "--name");
+    expect("report @/nowhere.jsonl --output @/no.html", 1, "nowhere.jsonl");
+    expect("report @/empty --output @/no.html", 1, "is empty");
+    expect("report @/text.txt --output @/no.html", 1, "no step in 2 lines");
+    expect("report @/odd.jsonl --memory-trace @/text.txt --output @/no.html", 1, "no sample of memory");
+    expect("report @/odd.jsonl --output @/no/where.html", 1, "where.html");
+    expect("finetune --model tests/golden/qwen2 --data @/ids.bin --format tokens --output @/no --samples 1", 1, "tokenizer");
+    CHECK(!test_file_exists(in_room("no.html")) && access(in_room("no"), F_OK) != 0);
+}
+
 /* SIGINT in the middle: 130, a word on stderr, no adapter; a checkpoint if `asked`. */
 static void interrupt(int asked)
 {
@@ -597,6 +692,7 @@ int main(void)
     TEST(test_resume);
     TEST(test_loop);
     TEST(test_other_commands);
+    TEST(test_report_page);
     TEST(test_interrupt);
     TEST(test_chat_interrupt);
     mft_context_destroy(ctx);

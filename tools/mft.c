@@ -5,7 +5,7 @@
  *   sentence), 2 wrong usage, 130 interrupted.
  *
  *   ROOMS   [FLAGS] [OUTPUT] [SESSION] [FINETUNE] [PERPLEXITY] [EXAM] [GENERATE] [CHAT] [TOKENIZE] [LOGITS]
- *           [INSPECT] [MERGE] [INIT] [BENCH] [MAIN] */
+ *           [INSPECT] [MERGE] [INIT] [BENCH] [REPORT] [MAIN] */
 #define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
@@ -23,6 +23,8 @@
 /* ==============================================================================
  * MARK: - [FLAGS] One table, read for every command
  * ============================================================================== */
+typedef struct several { const char *at[16]; int n; } several;      /* of a flag that may be given more than once */
+
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
     const char *checkpoint_save_dir, *resume_from, *text_key, *prompt_key, *completion_key, *messages_key;
@@ -33,11 +35,12 @@ typedef struct options {
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
     double  eval_split;
-    const char *split, *subject, *choices, *system, *adapters[16];
-    int     n_adapters;
+    const char *split, *subject, *choices, *system, *name, *sample_prompt;
+    several adapters, names, memory_traces, sample_prompts, paths;
+    int64_t samples;
     int64_t fewshot;
     int     compare;
-    const char *path;                       /* the one argument without a flag, where a command takes one */
+    const char *path;                       /* the argument without a flag, where a command takes one; `paths`: several */
     const struct command *command;
 } options;
 
@@ -107,8 +110,11 @@ static const flag flags[] = {
     { "checkpoint-save-dir", STRING, AT(checkpoint_save_dir), 0, 0, "DIR", "where: DIR/checkpoint-STEP                                    [the output]" },
     { "save-total-limit",   INTEGER, AT(save_total_limit),   1, MANY, "N", "keep the latest N checkpoints                                [all]" },
     { "resume-from",        STRING,  AT(resume_from),        0, 0, "DIR",  "go on from a checkpoint; latest: the newest in the save directory" },
-    { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step" },
-    { "memory-trace",       STRING,  AT(memory_trace),       0, 0, "FILE", "resident memory every 5 ms with step and phase, as JSONL, or CSV if FILE ends in .csv" },
+    { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step; settings and samples go into FILE.about.json, for mft report" },
+    { "memory-trace",       STRING,  AT(memory_trace),       0, 0, "FILE", "resident memory every 5 ms with step and phase, as JSONL, or CSV if FILE ends in .csv; report: one for each LOG" },
+    { "samples",            INTEGER, AT(samples),            0, 16, "N",   "continue the first N held-out samples' prompts before and after training [0]" },
+    { "sample-prompt",      STRING,  AT(sample_prompt),      0, 0, "TEXT", "continue this as well; may be given several times" },
+    { "name",               STRING,  AT(name),               0, 0, "NAME", "what the report calls a run; once for each LOG               [its file's name]" },
     { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
     { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
     { "split",              STRING,  AT(split),              0, 0, "NAME", "dev, val or test                                             [test]" },
@@ -214,16 +220,24 @@ static int64_t parse_bytes(const char *s)
     return *end || v * unit > 9e15 ? -1 : (int64_t)(v * unit);
 }
 
+static int add_word(several *w, const char *flag_name, const char *value)
+{
+    int most = (int)(sizeof w->at / sizeof *w->at);
+    if (w->n == most) { fprintf(stderr, "mft: --%s %s: more than %d of them\n", flag_name, value, most); return 0; }
+    w->at[w->n++] = value;
+    return 1;
+}
+
 /* Stores a flag's value. 0 with a sentence on stderr if it is impossible. */
 static int set_flag(options *o, const flag *f, const char *value)
 {
     char  *end, *field = (char *)o + f->at;
     double number = 0;
     if (f->kind == SWITCH) { *(int *)(void *)field = 1; return 1; }
-    if (f->at == AT(adapter)) {             /* chat takes several */
-        if (o->n_adapters == (int)(sizeof o->adapters / sizeof *o->adapters)) { fprintf(stderr, "mft: more than %d adapters\n", o->n_adapters); return 0; }
-        o->adapters[o->n_adapters++] = value;
-    }
+    if (f->at == AT(adapter) && !add_word(&o->adapters, f->name, value)) return 0;
+    if (f->at == AT(sample_prompt) && !add_word(&o->sample_prompts, f->name, value)) return 0;
+    if (f->at == AT(name) && !add_word(&o->names, f->name, value)) return 0;
+    if (f->at == AT(memory_trace) && !add_word(&o->memory_traces, f->name, value)) return 0;
     if (f->kind == STRING) { *(const char **)(void *)field = value; return 1; }
     if (f->kind == BYTES) {
         int64_t bytes = parse_bytes(value);
@@ -254,6 +268,7 @@ static int parse_flags(const command *c, int argc, char **argv, options *o)
         char        name[64];
         size_t      n;
         if (a[0] != '-' || a[1] != '-') {
+            if (in_list(c->takes, "PATHS") && a[0] != '-' && o->paths.n < (int)(sizeof o->paths.at / sizeof *o->paths.at)) { o->paths.at[o->paths.n++] = a; continue; }
             if (in_list(c->takes, "PATH") && !o->path && a[0] != '-') { o->path = a; continue; }
             if (!strcmp(a, "-h")) { o->help = 1; continue; }
             fprintf(stderr, "mft %s: \"%s\" is not a flag\n", c->name, a);
@@ -393,24 +408,38 @@ static int read_config(const command *c, const char *path, options *o)
 
 static void json_string(FILE *f, const char *s);
 
+/* Does the flag say something about a run: was it given, or has it a default? */
+static int is_said(const command *c, const options *o, const flag *f)
+{
+    const char *at = (const char *)o + f->at;
+    if (!in_list(c->takes, f->name) || in_list("config json plan resume-from", f->name)) return 0;
+    if ((o->full || o->adapter) && !strncmp(f->name, "lora-", 5)) return 0;
+    switch (f->kind) {
+    case SWITCH:  return *(const int *)(const void *)at;
+    case STRING:  return *(const char *const *)(const void *)at != NULL;
+    case INTEGER: return (double)*(const int64_t *)(const void *)at >= f->low;
+    case BYTES:   return *(const int64_t *)(const void *)at != 0;
+    default:      return 1;
+    }
+}
+
 /* The options as a file that read_config reads, all defaults filled in. */
 static int write_config(const command *c, const options *o, const char *path)
 {
     FILE *f = fopen(path, "w");
-    int   i;
+    int   i, k;
     for (i = 0; f && i < N_FLAGS; i++) {
         const char *at = (const char *)o + flags[i].at;
-        if (!in_list(c->takes, flags[i].name) || in_list("config json plan resume-from", flags[i].name)) continue;
-        if ((o->full || o->adapter) && !strncmp(flags[i].name, "lora-", 5)) continue;
-        if (flags[i].kind == SWITCH && *(const int *)(const void *)at) fprintf(f, "%s: true\n", flags[i].name);
-        if (flags[i].kind == STRING && *(const char *const *)(const void *)at) {
+        int         times = flags[i].at == AT(sample_prompt) ? o->sample_prompts.n : 1;
+        if (!is_said(c, o, &flags[i])) continue;
+        for (k = 0; k < times; k++) {
             fprintf(f, "%s: ", flags[i].name);
-            json_string(f, *(const char *const *)(const void *)at);
+            if (flags[i].kind == SWITCH)      fprintf(f, "true");
+            else if (flags[i].kind == NUMBER) fprintf(f, "%.10g", *(const double *)(const void *)at);
+            else if (flags[i].kind != STRING) fprintf(f, "%lld", (long long)*(const int64_t *)(const void *)at);
+            else json_string(f, times > 1 ? o->sample_prompts.at[k] : *(const char *const *)(const void *)at);
             fprintf(f, "\n");
         }
-        if (flags[i].kind == INTEGER && (double)*(const int64_t *)(const void *)at >= flags[i].low) fprintf(f, "%s: %lld\n", flags[i].name, (long long)*(const int64_t *)(const void *)at);
-        if (flags[i].kind == BYTES && *(const int64_t *)(const void *)at)   fprintf(f, "%s: %lld\n", flags[i].name, (long long)*(const int64_t *)(const void *)at);
-        if (flags[i].kind == NUMBER) fprintf(f, "%s: %.10g\n", flags[i].name, *(const double *)(const void *)at);
     }
     if (f && fclose(f) == 0) return 1;
     fprintf(stderr, "mft: %s: cannot be written\n", path);
@@ -908,6 +937,156 @@ static int64_t count_trainable(mft_model *m)
     return total;
 }
 
+/* ---- samples: what the model says to a few prompts before and after ---- */
+typedef struct sample { char *prompt, *expected, *before, *after; int encode_flags; } sample;    /* from malloc */
+
+typedef struct samples { sample at[32]; int n; } samples;
+
+static void free_samples(samples *all)
+{
+    int i;
+    for (i = 0; i < all->n; i++) { free(all->at[i].prompt); free(all->at[i].expected); free(all->at[i].before); free(all->at[i].after); }
+    all->n = 0;
+}
+
+static char *copy_text(const char *text, size_t bytes)
+{
+    char *copy = (char *)malloc(bytes + 1);
+    if (copy) { memcpy(copy, text, bytes); copy[bytes] = '\0'; }
+    return copy;
+}
+
+/* The text of sample i in two: what stands before its first trained part, and that part. Where all but the first token
+ * is trained on, as in plain text, a line's worth is the prompt. */
+static mft_status split_sample(session *s, mft_dataset *data, int64_t i, sample *out)
+{
+    enum { PROMPT = 100, SHOWN = 400 };
+    int64_t  n = mft_dataset_sample_text(data, i, "\x02", "\x03", NULL, 0), n_ids = 0;
+    char    *text = n < 0 ? NULL : (char *)malloc((size_t)n + 1), *mark, *end;
+    int32_t *ids;
+    size_t   at, shown;
+    if (!text) return n < 0 ? (mft_status)n : MFT_ERR_OUT_OF_MEMORY;
+    mft_dataset_sample_text(data, i, "\x02", "\x03", text, n + 1);
+    mark = text + strcspn(text, "\x02");
+    if (*mark) memmove(mark, mark + 1, strlen(mark));
+    end = mark + strcspn(mark, "\x03");
+    *end = '\0';
+    at = (size_t)(mark - text);
+    out->prompt = copy_text(text, at);
+    ids = out->prompt ? encode(s, out->prompt, -1, MFT_NO_ADD_SPECIAL, &n_ids) : NULL;
+    if (ids && n_ids < 2) {
+        for (at = 0; text[at] && (at < PROMPT || text[at] != ' '); at++) {}
+        free(out->prompt);
+        out->prompt = copy_text(text, at);
+    }
+    for (shown = strlen(text + at); shown > SHOWN; shown--) if (shown < SHOWN + 4 && ((unsigned char)text[at + shown] & 0xc0) != 0x80) break;
+    out->expected = copy_text(text + at, shown);
+    out->encode_flags = MFT_NO_ADD_SPECIAL;                     /* what the tokenizer adds is in the text */
+    free(ids); free(text);
+    return out->prompt && out->expected ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
+}
+
+static mft_status choose_samples(const options *o, session *s, mft_dataset *data, samples *all)
+{
+    mft_dataset_info info;
+    mft_status       status = MFT_OK;
+    int64_t          i;
+    memset(all, 0, sizeof *all);
+    if ((o->samples || o->sample_prompts.n) && !s->tok) return mft__fail(s->ctx, MFT_ERR_INVALID_ARGUMENT, "--samples and --sample-prompt need the model's tokenizer");
+    for (i = 0; i < o->sample_prompts.n; i++)
+        if (!(all->at[all->n++].prompt = copy_text(o->sample_prompts.at[i], strlen(o->sample_prompts.at[i])))) return MFT_ERR_OUT_OF_MEMORY;
+    if (o->samples && (status = mft_dataset_report(data, &info)) != MFT_OK) return status;
+    for (i = 0; i < o->samples && i < info.n_samples && status == MFT_OK; i++) status = split_sample(s, data, i, &all->at[all->n++]);
+    return status;
+}
+
+static int stop_at_special(void *user, int32_t id) { return mft_tokenizer_is_special((const mft_tokenizer *)user, id); }
+
+/* The likeliest continuation of each prompt. */
+static mft_status say_samples(session *s, samples *all, int after)
+{
+    enum { TOKENS = 64 };
+    mft_generate_desc d;
+    int32_t           out[TOKENS];
+    int               i;
+    memset(&d, 0, sizeof d);
+    d.max_new_tokens = TOKENS; d.on_token = stop_at_special; d.user = s->tok;
+    for (i = 0; i < all->n; i++) {
+        int64_t  n_prompt = 0, n;
+        int32_t *ids = encode(s, all->at[i].prompt, -1, all->at[i].encode_flags, &n_prompt);
+        char    *text;
+        if (!ids) return MFT_ERR_OUT_OF_MEMORY;
+        n = mft_generate(s->model, ids, n_prompt, &d, out, TOKENS);
+        free(ids);
+        if (n < 0) return (mft_status)n;
+        if (!(text = decode(s, out, n, MFT_SKIP_SPECIAL))) return MFT_ERR_OUT_OF_MEMORY;
+        *(after ? &all->at[i].after : &all->at[i].before) = text;
+    }
+    return MFT_OK;
+}
+
+static void print_samples(const samples *all)
+{
+    int i;
+    for (i = 0; i < all->n; i++) {
+        const sample *m = &all->at[i];
+        fprintf(stderr, "prompt: %s\n  before: %s\n  after:  %s\n", m->prompt, m->before, m->after);
+        if (m->expected) fprintf(stderr, "  data:   %s\n", m->expected);
+    }
+}
+
+/* Beside the log, for `mft report` and whoever else asks later what the run was: FILE.about.json. */
+static mft_status write_about(const options *o, session *s, const samples *all, int64_t steps, int64_t trainable)
+{
+    const mft_model_config *config = mft_model_get_config(s->model);
+    mft__json_writer        w;
+    mft_status              status = MFT_ERR_OUT_OF_MEMORY;
+    size_t                  n = strlen(o->log) + sizeof ".about.json";
+    char                   *path = (char *)malloc(n);
+    int                     i, k;
+    if (!path) return status;
+    snprintf(path, n, "%s.about.json", o->log);
+    mft__json_write_start(&w, s->ctx, 2);
+    mft__json_write_open(&w, '{');
+    mft__json_write_key(&w, "run");
+    mft__json_write_open(&w, '{');
+    mft__json_write_key(&w, "family");               mft__json_write_string(&w, mft_family_name(config->family), -1);
+    mft__json_write_key(&w, "parameters");           mft__json_write_integer(&w, config->n_params);
+    mft__json_write_key(&w, "trainable_parameters"); mft__json_write_integer(&w, trainable);
+    mft__json_write_key(&w, "steps");                mft__json_write_integer(&w, steps);
+    mft__json_write_key(&w, "kernels");              mft__json_write_string(&w, mft_kernels_name(s->ctx), -1);
+    mft__json_write_close(&w, '}');
+    mft__json_write_key(&w, "config");
+    mft__json_write_open(&w, '{');
+    for (i = 0; i < N_FLAGS; i++) {
+        const char *at = (const char *)o + flags[i].at;
+        if (!is_said(o->command, o, &flags[i]) || flags[i].at == AT(sample_prompt)) continue;
+        mft__json_write_key(&w, flags[i].name);
+        if (flags[i].kind == SWITCH)      mft__json_write_bool(&w, 1);
+        else if (flags[i].kind == NUMBER) mft__json_write_number(&w, *(const double *)(const void *)at, 0);
+        else if (flags[i].kind == STRING) mft__json_write_string(&w, *(const char *const *)(const void *)at, -1);
+        else                              mft__json_write_integer(&w, *(const int64_t *)(const void *)at);
+    }
+    mft__json_write_close(&w, '}');
+    mft__json_write_key(&w, "samples");
+    mft__json_write_open(&w, '[');
+    for (i = 0; i < all->n; i++) {
+        static const char *const names[] = { "prompt", "expected", "before", "after" };
+        const char *texts[4];
+        texts[0] = all->at[i].prompt; texts[1] = all->at[i].expected; texts[2] = all->at[i].before; texts[3] = all->at[i].after;
+        mft__json_write_open(&w, '{');
+        for (k = 0; k < 4; k++) if (texts[k]) { mft__json_write_key(&w, names[k]); mft__json_write_string(&w, texts[k], -1); }
+        mft__json_write_close(&w, '}');
+    }
+    mft__json_write_close(&w, ']');
+    mft__json_write_close(&w, '}');
+    mft__json_write_raw(&w, "\n", 1);
+    if (!w.failed) status = mft__file_write_all(s->ctx, path, w.text, w.bytes);
+    mft__json_write_free(&w);
+    free(path);
+    return status;
+}
+
 /* Flags that need or exclude each other. 0: a sentence is on stderr. */
 static int finetune_flags_fit(const options *o)
 {
@@ -973,6 +1152,7 @@ static int run_finetune(const options *given)
     mft_trainer_info end;
     mft_memory_trace *trace = NULL;
     live             v;
+    samples          said;
     struct stat      info;
     int              made_output = 0;
     char            *template_text = NULL;
@@ -984,6 +1164,7 @@ static int run_finetune(const options *given)
     if (format < 0 || !finetune_flags_fit(&o)) return 2;
     memset(&v, 0, sizeof v);
     memset(&end, 0, sizeof end);
+    memset(&said, 0, sizeof said);
     if (!trainer_desc(&o, 1, &v, &td)) return 2;
     exit_status = open_session(&o, &s);
     if (exit_status) return exit_status;
@@ -1030,12 +1211,14 @@ static int run_finetune(const options *given)
         mft_lora_report(s.model, on_target, NULL);
         if (o.memory_budget) report_choice(tr);
     }
+    if ((status = choose_samples(&o, &s, held ? held : data, &said)) != MFT_OK || (status = say_samples(&s, &said, 0)) != MFT_OK) goto failed;
     if (o.resume_from && (status = mft_trainer_resume(tr, strcmp(o.resume_from, "latest") ? o.resume_from : save_dir(&o))) != MFT_OK) goto failed;
     if (o.resume_from && !v.quiet) fprintf(stderr, "goes on behind step %lld\n", (long long)steps_done(tr));
     if (o.log && !(v.log = open_log(&s, o.log, steps_done(tr)))) { exit_status = 1; goto done; }
     resolve(&o);
     if (!(config = mft__path_join(s.ctx, o.output, "finetune.yaml"))) { status = MFT_ERR_OUT_OF_MEMORY; goto failed; }
     if (!write_config(o.command, &o, config)) { exit_status = 1; goto done; }
+    if (o.log && (status = write_about(&o, &s, &said, steps, trainable)) != MFT_OK) goto failed;
     v.began = v.shown = mft__now();
     status = mft_trainer_run(tr, steps - steps_done(tr));
     if (status != MFT_OK) goto failed;
@@ -1047,6 +1230,9 @@ static int run_finetune(const options *given)
     }
     status = o.full ? mft_model_save(s.model, o.output) : mft_lora_save(s.model, o.output);
     if (status != MFT_OK) goto failed;
+    if ((status = say_samples(&s, &said, 1)) != MFT_OK) goto failed;
+    if (!v.quiet) print_samples(&said);
+    if (o.log && said.n && (status = write_about(&o, &s, &said, steps, trainable)) != MFT_OK) goto failed;
     print_result(&o, &v, &end, trainable);
     goto done;
 failed:
@@ -1057,6 +1243,7 @@ done:
     end_log_line(&v);
     if (v.log && fclose(v.log) != 0 && !exit_status) { fprintf(stderr, "mft: %s: could not be written whole\n", o.log); exit_status = 1; }
     if (mft_memory_trace_close(trace) != MFT_OK && !exit_status) exit_status = fail(&s, MFT_ERR_IO);
+    free_samples(&said);
     free(template_text);
     mft__strfree(s.ctx, config);
     if (exit_status && made_output) rmdir(o.output);            /* if nothing came of it; one that holds something stays */
@@ -1597,8 +1784,8 @@ static void list_adapters(const options *o, const talk *t)
     char        name[200];
     int         i;
     fprintf(stderr, "  none%s\n", active ? "" : "  (active)");
-    for (i = 0; i < o->n_adapters; i++) {
-        adapter_name(o->adapters[i], name, sizeof name, &dir);
+    for (i = 0; i < o->adapters.n; i++) {
+        adapter_name(o->adapters.at[i], name, sizeof name, &dir);
         fprintf(stderr, "  %s%s\n", name, active && !strcmp(active, name) ? "  (active)" : "");
     }
 }
@@ -1682,8 +1869,8 @@ static mft_status open_chat(const options *o, talk *t, mft_chat_template **owned
     if ((status = mft_tokenizer_load(s->ctx, o->model, &s->tok)) != MFT_OK || (status = talk_template(o, t, owned)) != MFT_OK
         || (status = mft_model_load(s->ctx, o->model, NULL, &s->model)) != MFT_OK || (status = mft_generator_create(s->model, &t->generator)) != MFT_OK
         || (status = mft_decoder_create(s->tok, MFT_SKIP_SPECIAL, &t->out.decoder)) != MFT_OK) return status;
-    for (i = 0; i < o->n_adapters && status == MFT_OK; i++) {
-        adapter_name(o->adapters[i], name, sizeof name, &dir);
+    for (i = 0; i < o->adapters.n && status == MFT_OK; i++) {
+        adapter_name(o->adapters.at[i], name, sizeof name, &dir);
         status = mft_lora_load(s->model, dir, name);
     }
     return status;
@@ -2156,6 +2343,57 @@ static int run_bench(const options *o)
 }
 
 /* ==============================================================================
+ * MARK: - [REPORT] Logs as a page; report.h draws it
+ * ============================================================================== */
+#include "report.h"
+
+/* A run's name, log and trace, the k-th of each. 0: a sentence is on stderr. */
+static int load_run(const options *o, session *s, report_run *runs, int k)
+{
+    report_run *r = &runs[k];
+    const char *trace;
+    r->path = o->paths.at[k];
+    if (k < o->names.n) snprintf(r->name, sizeof r->name, "%s", o->names.at[k]); else report_name(runs, k, k);
+    if (!report_read_log(s->ctx, r)) return 0;
+    report_read_about(s->ctx, r);
+    if (k < o->memory_traces.n) return report_read_trace(s->ctx, r, o->memory_traces.at[k]);
+    trace = report_setting(r, "memory-trace");                  /* as finetune was given it, if it is still there */
+    return !trace || !mft__file_exists(s->ctx, trace) || report_read_trace(s->ctx, r, trace);
+}
+
+static int run_report(const options *o)
+{
+    session     s;
+    report_run  runs[REPORT_RUNS];
+    report_page page;
+    int64_t     longest = 0, window;
+    int         k, n = o->paths.n, exit_status;
+
+    if (!n) { fprintf(stderr, "mft report: which logs?\ntry: mft report --help\n"); return 2; }
+    if (!need("report", "output", o->output)) return 2;
+    if (o->names.n > n || o->memory_traces.n > n) { fprintf(stderr, "mft report: more of --%s than logs\n", o->names.n > n ? "name" : "memory-trace"); return 2; }
+    exit_status = open_session(o, &s);
+    if (exit_status) return exit_status;
+    memset(runs, 0, sizeof runs);
+    memset(&page, 0, sizeof page);
+    for (k = 0; k < n; k++) {
+        if (!load_run(o, &s, runs, k)) { exit_status = 1; goto done; }
+        if (runs[k].n > longest) longest = runs[k].n;
+    }
+    window = longest < 125 ? 5 : longest / 25 < 500 ? longest / 25 : 500;
+    for (k = 0; k < n; k++) report_smooth(&runs[k], window);
+    report_write_page(&page, runs, n, window);
+    if (page.failed) { fprintf(stderr, "mft report: no memory for the page\n"); exit_status = 1; }
+    else if (mft__file_write_all(s.ctx, o->output, page.text, page.n) != MFT_OK) exit_status = fail(&s, MFT_ERR_IO);
+    else if (o->json) { printf("{\"output\":"); json_string(stdout, o->output); printf(",\"runs\":%d,\"bytes\":%llu}\n", n, (unsigned long long)page.n); }
+    else printf("the report on %d run%s is in %s\n", n, n == 1 ? "" : "s", o->output);
+done:
+    for (k = 0; k < n; k++) report_free_run(&runs[k]);
+    free(page.text);
+    return close_session(&s, exit_status);
+}
+
+/* ==============================================================================
  * MARK: - [MAIN]
  * ============================================================================== */
 #define COMMON " threads kernels precision json "
@@ -2164,7 +2402,7 @@ static const command commands[] = {
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
       "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
-      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace" COMMON,
+      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
@@ -2190,6 +2428,10 @@ static const command commands[] = {
       "  mft merge --model gpt2 --adapter adapter --output merged\n", run_merge },
     { "init", "a snapshot with random weights", "config seed dtype output" COMMON,
       "  mft init --config gpt2/config.json --output fresh --dtype bf16\n", run_init },
+    { "report", "logs of runs as one page to look at in a browser", "PATHS name memory-trace output json",
+      "  mft report run.jsonl --output report.html\n"
+      "  mft report lora8.jsonl lora64.jsonl --name \"rank 8\" --name \"rank 64\" --output compared.html\n"
+      "  settings and samples come from run.jsonl.about.json, which finetune --log run.jsonl writes\n", run_report },
     { "bench", "kernels, ops and training steps, measured beside the machine's peak", "PATH model full batch-size seq-len max-steps" COMMON,
       "  mft bench                                   everything; GPT-2 124M, Gemma-3-270M and Qwen2.5-0.5B with random weights\n"
       "  mft bench kernels --kernels avx2            one part of it: kernels, ops or steps\n"
@@ -2240,6 +2482,7 @@ int main(int argc, char **argv)
         if (o.max_steps) filed.epochs = 0;
         if (o.eval_data) filed.eval_split = 0;
         if (o.eval_split > 0) filed.eval_data = NULL;
+        if (o.sample_prompts.n) filed.sample_prompts.n = 0;
         if (!parse_flags(&commands[i], argc - 2, argv + 2, &filed)) return usage_error(&commands[i]);
         o = filed;
     }
