@@ -1724,6 +1724,7 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
+       MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
        MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
        MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
 
@@ -1878,6 +1879,21 @@ MFT__UNUSED static mft__v_portable mft__load_f16_portable(const uint16_t *p)
     mft__v_portable r = { mft__f16_to_float(p[0]), mft__f16_to_float(p[1]), mft__f16_to_float(p[2]), mft__f16_to_float(p[3]) };
     return r;
 }
+MFT__UNUSED static mft__v_portable mft__load_bf16_portable(const uint16_t *p)
+{
+    mft__v_portable r;
+    uint32_t        u[4];
+    int             i;
+    for (i = 0; i < 4; i++) u[i] = (uint32_t)p[i] << 16;
+    memcpy(&r, u, sizeof r);
+    return r;
+}
+MFT__UNUSED static void mft__load_q8_portable(mft__v_portable *q, const uint8_t *p) { int i; for (i = 0; i < 32; i++) q[i / 4][i % 4] = (float)(int8_t)p[i]; }
+MFT__UNUSED static void mft__load_q4_portable(mft__v_portable *q, const uint8_t *p)
+{
+    int i;
+    for (i = 0; i < 16; i++) { q[i / 4][i % 4] = (float)((p[i] & 15) - 8); q[4 + i / 4][i % 4] = (float)((p[i] >> 4) - 8); }
+}
 static int mft__usable_always(void) { return 1; }
 
 #define MFT__ROW                portable
@@ -1894,6 +1910,9 @@ static int mft__usable_always(void) { return 1; }
 #define MFT__ZIP_LO(a, b)       mft__zip_lo_portable(a, b)
 #define MFT__ZIP_HI(a, b)       mft__zip_hi_portable(a, b)
 #define MFT__LOAD_F16(p)        mft__load_f16_portable(p)
+#define MFT__LOAD_BF16(p)       mft__load_bf16_portable(p)
+#define MFT__LOAD_Q8            mft__load_q8_portable
+#define MFT__LOAD_Q4            mft__load_q4_portable
 #define MFT__STORE_F16(p, v)    mft__store_f16_portable(p, v)
 MFT__UNUSED static void mft__store_f16_portable(uint16_t *p, mft__v_portable v) { int i; for (i = 0; i < 4; i++) p[i] = mft__float_to_f16(v[i]); }
 #include MFT_SELF
@@ -1902,6 +1921,19 @@ MFT__UNUSED static void mft__store_f16_portable(uint16_t *p, mft__v_portable v) 
 /* f16c, which not every compiler can ask for, is older than avx2 and in every processor that has it */
 static int mft__usable_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+MFT__UNUSED __attribute__((target("avx2"), always_inline)) static inline void mft__load_q8_avx2(__m256 *q, const uint8_t *p)
+{
+    int j;
+    MFT__UNROLL
+    for (j = 0; j < 4; j++) q[j] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + 8 * j))));
+}
+MFT__UNUSED __attribute__((target("avx2"), always_inline)) static inline void mft__load_q4_avx2(__m256 *q, const uint8_t *p)
+{
+    __m128i b = _mm_loadu_si128((const __m128i *)(const void *)p), low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    __m128i c = _mm_sub_epi8(_mm_and_si128(b, low), eight), d = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(b, 4), low), eight);
+    q[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(c)); q[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(c, 8)));
+    q[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(d)); q[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(d, 8)));
+}
 /* AVX2 unpacks within halves: the halves are put in order after. */
 #define MFT__ROW                avx2
 #define MFT__TARGET             __attribute__((target("avx2,fma,f16c")))
@@ -1917,6 +1949,9 @@ static int mft__usable_avx2(void) { return __builtin_cpu_supports("avx2") && __b
 #define MFT__ZIP_LO(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20)
 #define MFT__ZIP_HI(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31)
 #define MFT__LOAD_F16(p)        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p)))
+#define MFT__LOAD_BF16(p)       ((__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
+#define MFT__LOAD_Q8            mft__load_q8_avx2
+#define MFT__LOAD_Q4            mft__load_q4_avx2
 #define MFT__STORE_F16(p, v)    _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtps_ph(v, 0))
 #include MFT_SELF
 #endif
@@ -1926,6 +1961,19 @@ static int mft__usable_avx512(void)
 {
     return mft__usable_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void mft__load_q8_avx512(__m512 *q, const uint8_t *p)
+{
+    q[0] = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)(const void *)p)));
+    q[1] = _mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128((const __m128i *)(const void *)(p + 16))));
+}
+/* The permutation looks at 4 bits of an index: one instruction makes a float of a nibble. */
+MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void mft__load_q4_avx512(__m512 *q, const uint8_t *p)
+{
+    __m512  table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i k = _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i *)(const void *)p));
+    q[0] = _mm512_maskz_permutexvar_ps(0xffff, k, table);
+    q[1] = _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srli_epi32(0xffff, k, 4), table);
 }
 #define MFT__ROW                avx512
 #define MFT__TARGET             __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
@@ -1942,6 +1990,9 @@ static int mft__usable_avx512(void)
 #define MFT__ZIP_HI(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b)
 #define MFT__LOAD_F16(p)        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p)))
 #define MFT__STORE_F16(p, v)    _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_maskz_cvtps_ph(0xffff, v, 0))
+#define MFT__LOAD_BF16(p)       ((__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
+#define MFT__LOAD_Q8            mft__load_q8_avx512
+#define MFT__LOAD_Q4            mft__load_q4_avx512
 #ifdef MFT__HAVE_AVX512BF16
 static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #define MFT__STRIP_ONLY
@@ -1954,6 +2005,23 @@ static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __built
 #endif
 
 #ifdef MFT__HAVE_NEON                       /* part of every arm64 */
+MFT__UNUSED static inline void mft__load_16_neon(float32x4_t *q, int8x16_t b)
+{
+    int16x8_t lo = vmovl_s8(vget_low_s8(b)), hi = vmovl_s8(vget_high_s8(b));
+    q[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo))); q[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo)));
+    q[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi))); q[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)));
+}
+MFT__UNUSED static inline void mft__load_q8_neon(float32x4_t *q, const uint8_t *p)
+{
+    mft__load_16_neon(q,     vreinterpretq_s8_u8(vld1q_u8(p)));
+    mft__load_16_neon(q + 4, vreinterpretq_s8_u8(vld1q_u8(p + 16)));
+}
+MFT__UNUSED static inline void mft__load_q4_neon(float32x4_t *q, const uint8_t *p)
+{
+    uint8x16_t b = vld1q_u8(p);
+    mft__load_16_neon(q,     vsubq_s8(vreinterpretq_s8_u8(vandq_u8(b, vdupq_n_u8(15))), vdupq_n_s8(8)));
+    mft__load_16_neon(q + 4, vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(b, 4)), vdupq_n_s8(8)));
+}
 #define MFT__ROW                neon
 #define MFT__TARGET
 #define MFT__V                  float32x4_t
@@ -1968,6 +2036,9 @@ static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __built
 #define MFT__ZIP_LO(a, b)       vzip1q_f32(a, b)
 #define MFT__ZIP_HI(a, b)       vzip2q_f32(a, b)
 #define MFT__LOAD_F16(p)        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define MFT__LOAD_BF16(p)       vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#define MFT__LOAD_Q8            mft__load_q8_neon
+#define MFT__LOAD_Q4            mft__load_q4_neon
 #define MFT__STORE_F16(p, v)    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(v)))
 #include MFT_SELF
 #endif
@@ -5043,6 +5114,8 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
  *         MFT__ROW name   MFT__TARGET attribute   MFT__V vector   MFT__W its lanes
  *         MFT__H, MFT__P  rows and vectors of a product's register tile
  *         MFT__LOAD MFT__STORE MFT__SET1 MFT__FMA(a,b,c)=ab+c MFT__SQRT MFT__ZIP_LO/HI MFT__LOAD_F16 MFT__STORE_F16
+ *         MFT__LOAD_BF16   MFT__LOAD_Q8, MFT__LOAD_Q4 (V *q, const uint8_t *p): the 32 numbers of a block whose
+ *         scale stands before p, without the scale (Q4_0: low nibbles first)
  *   out   static functions mft__NAME_ROW
  *   rule  the other operations are the compiler's own on vectors (+ - * / & | < and so on),
  *         which gcc and clang spell alike for every width. A loop's last, partial vector goes
@@ -5059,8 +5132,6 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
 typedef int32_t  MFT__FN(ints)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint32_t MFT__FN(bits)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint16_t MFT__FN(shorts) __attribute__((vector_size(2 * MFT__W)));
-typedef uint8_t  MFT__FN(bytes)  __attribute__((vector_size(MFT__W)));
-typedef int8_t   MFT__FN(chars)  __attribute__((vector_size(MFT__W)));
 typedef float    MFT__FN(half)   __attribute__((vector_size(2 * MFT__W)));     /* half a vector, and the same ..  */
 typedef double   MFT__FN(wide)   __attribute__((vector_size(4 * MFT__W)));     /* .. in double                    */
 #define MFT__I MFT__FN(ints)
@@ -5228,43 +5299,61 @@ MFT__HELP MFT__V MFT__FN(act1_slope)(mft__activation f, MFT__V x)
 }
 
 /* ---- storage types ---- */
-MFT__HELP MFT__V MFT__FN(load_bf16)(const uint16_t *p)
+/* The 32 numbers of a quantised block, without its scale. */
+MFT__HELP void MFT__FN(load_quants)(MFT__V *q, mft_dtype dtype, const uint8_t *block)
 {
-    MFT__FN(shorts) h;
-    memcpy(&h, p, sizeof h);
-    return (MFT__V)(__builtin_convertvector(h, MFT__FN(bits)) << 16);
+    if (dtype == MFT_Q8_0) MFT__LOAD_Q8(q, block + 2); else MFT__LOAD_Q4(q, block + 2);
+}
+
+/* The scales of n <= MFT__SCALES blocks of some rows: collected, then converted all at once. */
+MFT__HELP void MFT__FN(load_scales)(float (*scales)[MFT__SCALES], int rows, const void *const *blocks, int64_t from, int64_t block_bytes, int64_t n)
+{
+    uint16_t h[4][MFT__SCALES];
+    int64_t  i;
+    int      r;
+    MFT__UNROLL
+    for (r = 0; r < rows; r++) {
+        const uint8_t *p = (const uint8_t *)blocks[r] + from * block_bytes;
+        if (n >= MFT__SCALES) {
+            MFT__UNROLL
+            for (i = 0; i < MFT__SCALES; i++) memcpy(&h[r][i], p + i * block_bytes, sizeof h[r][i]);
+        } else {
+            memset(h[r], 0, sizeof h[r]);
+            for (i = 0; i < n; i++) memcpy(&h[r][i], p + i * block_bytes, sizeof h[r][i]);
+        }
+    }
+    MFT__UNROLL
+    for (r = 0; r < rows; r++) {
+        MFT__UNROLL
+        for (i = 0; i < MFT__SCALES; i += MFT__W) MFT__STORE(scales[r] + i, MFT__LOAD_F16(h[r] + i));
+    }
+}
+
+MFT__HELP void MFT__FN(quants_to_float)(float *dst, const uint8_t *src, mft_dtype dtype, int64_t blocks)
+{
+    int64_t size = dtype == MFT_Q8_0 ? 34 : 18, i;
+    float   scales[1][MFT__SCALES];
+    int     j;
+    MFT__V  q[32 / MFT__W], scale;
+    const void *row = src;
+    for (i = 0; i < blocks; i++, dst += 32) {
+        if (i % MFT__SCALES == 0) MFT__FN(load_scales)(scales, 1, &row, i, size, blocks - i);
+        scale = MFT__SET1(scales[0][i % MFT__SCALES]);
+        MFT__FN(load_quants)(q, dtype, src + i * size);
+        MFT__UNROLL
+        for (j = 0; j < 32; j += MFT__W) MFT__STORE(dst + j, scale * q[j / MFT__W]);
+    }
 }
 
 MFT__BODY void MFT__FN(to_float)(float *dst, const void *src, mft_dtype dtype, int64_t n)
 {
-    int64_t i = 0, b;
-    int     j;
+    int64_t i = 0;
     if (dtype == MFT_BF16)
-        for (; i + MFT__W <= n; i += MFT__W) MFT__STORE(dst + i, MFT__FN(load_bf16)((const uint16_t *)src + i));
+        for (; i + MFT__W <= n; i += MFT__W) MFT__STORE(dst + i, MFT__LOAD_BF16((const uint16_t *)src + i));
     else if (dtype == MFT_F16)
         for (; i + MFT__W <= n; i += MFT__W) MFT__STORE(dst + i, MFT__LOAD_F16((const uint16_t *)src + i));
-    else if (dtype == MFT_Q8_0 || dtype == MFT_Q4_0) {
-        for (b = 0; b < n / 32; b++, dst += 32) {
-            const uint8_t *q = (const uint8_t *)src + b * (dtype == MFT_Q8_0 ? 34 : 18);
-            MFT__V scale = MFT__SET1(mft__f16_to_float((uint16_t)(q[0] | q[1] << 8)));
-            if (dtype == MFT_Q8_0)
-                for (j = 0; j < 32; j += MFT__W) {
-                    MFT__FN(chars) c;
-                    memcpy(&c, q + 2 + j, sizeof c);
-                    MFT__STORE(dst + j, scale * __builtin_convertvector(__builtin_convertvector(c, MFT__I), MFT__V));
-                }
-            else
-                for (j = 0; j < 16; j += MFT__W) {              /* low nibbles first, then the high ones */
-                    MFT__FN(bytes) c;
-                    MFT__I         k;
-                    memcpy(&c, q + 2 + j, sizeof c);
-                    k = __builtin_convertvector(c, MFT__I);
-                    MFT__STORE(dst + j,      scale * __builtin_convertvector((k & 15) - 8, MFT__V));
-                    MFT__STORE(dst + j + 16, scale * __builtin_convertvector((k >> 4) - 8, MFT__V));
-                }
-        }
-        return;
-    }
+    else if (dtype == MFT_Q8_0)    { MFT__FN(quants_to_float)(dst, (const uint8_t *)src, MFT_Q8_0, n / 32); return; }
+    else if (dtype == MFT_Q4_0)    { MFT__FN(quants_to_float)(dst, (const uint8_t *)src, MFT_Q4_0, n / 32); return; }
     mft__to_float(dst + i, (const char *)src + mft_dtype_bytes(dtype, i), dtype, n - i);
 }
 
@@ -5571,7 +5660,7 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
             if (lanes == LANES && g->v.dtype == MFT_BF16) {     /* most of what training packs so: dy w */
                 const uint16_t *h = (const uint16_t *)g->v.data + g->v_begin + l0 + (p0 + p) * g->v.col_stride;
                 if (p + 8 < kc) __builtin_prefetch(h + 8 * g->v.col_stride, 0, 2);
-                for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, MFT__FN(load_bf16)(h + l));
+                for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, MFT__LOAD_BF16(h + l));
                 continue;
             }
             src = MFT__FN(fetch)(rows[0], &g->v, g->v_begin + l0, p0 + p, lanes);
@@ -5748,38 +5837,60 @@ MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int 
     MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
 }
 
-/* sums[r][l] (+)= <s[r], v[l]> over n numbers, lane by lane, for 4 rows and nl vectors, constants once
- * inlined. bf16 rows are read as they lie. */
-MFT__HELP void MFT__FN(gemm_dots_block)(int nl, int bf16, float *sums, int add, const void *const *s, const float *const *v, int64_t n)
+/* the MFT__W numbers at x: folded to four, then added */
+MFT__HELP float MFT__FN(quad_sum)(const float *x)
 {
+    mft__v_portable s, t;
+    int i;
+    memcpy(&s, x, sizeof s);
+    for (i = 4; i < MFT__W; i += 4) { memcpy(&t, x + i, sizeof t); s += t; }
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+
+/* MFT__W floats of a row that is not quantised, from the i-th on */
+MFT__HELP MFT__V MFT__FN(load_as)(mft_dtype dtype, const void *row, int64_t i)
+{
+    if (dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)row + i);
+    if (dtype == MFT_F16)  return MFT__LOAD_F16((const uint16_t *)row + i);
+    return MFT__LOAD((const float *)row + i);
+}
+
+/* sums[r][l] (+)= <s[r], v[l]> over n numbers, lane by lane, for 4 rows and nl vectors; nl and dtype are
+ * constants once inlined. Rows are read as they lie. */
+MFT__HELP void MFT__FN(gemm_dots_block)(int nl, mft_dtype dtype, float *sums, int add, const void *const *s, const float *const *v, int64_t n)
+{
+    enum { AHEAD = 1024 };
     MFT__V  a[4][4], x[4], y;
-    int64_t i;
+    int64_t i, line = 64 / (dtype == MFT_F32 ? 4 : 2), j;
     int     r, l;
     MFT__UNROLL
     for (r = 0; r < 4; r++) {
         MFT__UNROLL
         for (l = 0; l < nl; l++) a[r][l] = add ? MFT__LOAD(sums + (4 * r + l) * MFT__W) : MFT__SET1(0.0f);
     }
-    for (i = 0; i + MFT__W <= n; i += MFT__W) {
+#define MFT__DOTS_STEP(i) do {                                                                                 \
+        MFT__UNROLL                                                                                            \
+        for (r = 0; r < 4; r++) x[r] = MFT__FN(load_as)(dtype, s[r], i);                                       \
+        MFT__UNROLL                                                                                            \
+        for (l = 0; l < nl; l++) {                                                                             \
+            y = MFT__LOAD(v[l] + (i));                                                                         \
+            MFT__UNROLL                                                                                        \
+            for (r = 0; r < 4; r++) a[r][l] = MFT__FMA(x[r], y, a[r][l]);                                      \
+        } } while (0)
+    for (i = 0; i + line <= n; i += line) {
         MFT__UNROLL
-        for (r = 0; r < 4; r++) {
-            if (bf16) x[r] = MFT__FN(load_bf16)((const uint16_t *)s[r] + i);
-            else      x[r] = MFT__LOAD((const float *)s[r] + i);
-        }
+        for (r = 0; r < 4; r++) __builtin_prefetch((const char *)s[r] + i * (64 / line) + AHEAD, 0, 3);
         MFT__UNROLL
-        for (l = 0; l < nl; l++) {
-            y = MFT__LOAD(v[l] + i);
-            MFT__UNROLL
-            for (r = 0; r < 4; r++) a[r][l] = MFT__FMA(x[r], y, a[r][l]);
-        }
+        for (j = 0; j < line; j += MFT__W) MFT__DOTS_STEP(i + j);
     }
+    for (; i + MFT__W <= n; i += MFT__W) MFT__DOTS_STEP(i);
+#undef MFT__DOTS_STEP
     if (i < n) {
         MFT__UNROLL
         for (r = 0; r < 4; r++) {
-            float        part[MFT__W];
-            const float *p = (const float *)s[r] + i;
-            if (bf16) { mft__to_float(part, (const uint16_t *)s[r] + i, MFT_BF16, n - i); p = part; }
-            x[r] = MFT__FN(in)(p, n - i);
+            float part[MFT__W];
+            mft__to_float(part, (const char *)s[r] + i * (64 / line), dtype, n - i);
+            x[r] = MFT__FN(in)(part, n - i);
         }
         MFT__UNROLL
         for (l = 0; l < nl; l++) {
@@ -5795,51 +5906,100 @@ MFT__HELP void MFT__FN(gemm_dots_block)(int nl, int bf16, float *sums, int add, 
     }
 }
 
+/* The same of quantised rows: integers turned into floats in registers, multiplied by v and added up, each block's
+ * sum times its scale. Both are exact before the products, so the error is that of a float32 loop. A last block that
+ * is not whole meets zeros. */
+MFT__HELP void MFT__FN(gemm_dots_quants)(int nl, mft_dtype dtype, float *sums, int add, const void *const *s, const float *const *v, int64_t n)
+{
+    enum { PARTS = 32 / MFT__W, AHEAD = 1024 };
+    MFT__V  a[4][4], q[PARTS], t;
+    float   scales[4][MFT__SCALES], rest[4][32] = { { 0 } };
+    int64_t size = dtype == MFT_Q8_0 ? 34 : 18, blocks = (n + 31) / 32, b;
+    int     r, l, j;
+    for (l = 0; l < nl && n % 32; l++) MFT__FN(copy_part)(rest[l], v[l] + n / 32 * 32, n % 32);
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) {
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) a[r][l] = add ? MFT__LOAD(sums + (4 * r + l) * MFT__W) : MFT__SET1(0.0f);
+    }
+    for (b = 0; b < blocks; b++) {
+        const float *y[4];
+        for (l = 0; l < nl; l++) y[l] = b < n / 32 ? v[l] + b * 32 : rest[l];
+        if (b % MFT__SCALES == 0) MFT__FN(load_scales)(scales, 4, s, b, size, blocks - b);
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) {
+            const uint8_t *block = (const uint8_t *)s[r] + b * size;
+            __builtin_prefetch(block + AHEAD, 0, 3);
+            MFT__FN(load_quants)(q, dtype, block);
+            MFT__UNROLL
+            for (l = 0; l < nl; l++) {
+                t = q[0] * MFT__LOAD(y[l]);
+                MFT__UNROLL
+                for (j = 1; j < PARTS; j++) t = MFT__FMA(q[j], MFT__LOAD(y[l] + j * MFT__W), t);
+                a[r][l] = MFT__FMA(MFT__SET1(scales[r][b % MFT__SCALES]), t, a[r][l]);
+            }
+        }
+    }
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) {
+        MFT__UNROLL
+        for (l = 0; l < nl; l++) MFT__STORE(sums + (4 * r + l) * MFT__W, a[r][l]);
+    }
+}
+
+/* Each storage type, each number of vectors, by itself: the loops inside see constants. */
+MFT__BODY void MFT__FN(gemm_dots_of)(mft_dtype dtype, int one, float *sums, int add, const void *const *s, const float *const *v, int64_t n)
+{
+    enum { NL = MFT__H < 12 && MFT__P < 4 ? 2 : 4 };
+#define MFT__DOTS(D, block) if (one) MFT__FN(block)(1, D, sums, add, s, v, n); else MFT__FN(block)(NL, D, sums, add, s, v, n)
+    switch (dtype) {
+    case MFT_F16:  MFT__DOTS(MFT_F16,  gemm_dots_block);  break;
+    case MFT_BF16: MFT__DOTS(MFT_BF16, gemm_dots_block);  break;
+    case MFT_Q8_0: MFT__DOTS(MFT_Q8_0, gemm_dots_quants); break;
+    case MFT_Q4_0: MFT__DOTS(MFT_Q4_0, gemm_dots_quants); break;
+    default:       MFT__DOTS(MFT_F32,  gemm_dots_block);
+    }
+#undef MFT__DOTS
+}
+
 /* Rows [begin, end) of the scalar side against few vectors, both with k side by side and nothing
- * packed: 4 x MFT__FEW_LANES dot products at a time (decoding, x A^T of LoRA). Each row is read once. */
+ * packed: 4 x NL dot products at a time (decoding, x A^T of LoRA). Each row is read once. The four lie a quarter
+ * of the task apart: four long streams, each asked for 1 KB ahead of its use, read memory at 26 GB/s where four
+ * neighbours read it at 20 and one row after the other at 17 (bf16, two cores of an Emerald Rapids, of 28). */
 MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int worker)
 {
     enum { NL = MFT__H < 12 && MFT__P < 4 ? 2 : 4 };            /* 16 registers hold 4 x 2 sums, 32 hold 4 x 4 */
     const mft__gemm_job *g = (const mft__gemm_job *)arg;
     float  *sums = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes);     /* [v_count / NL][4][4][W] */
-    float   rows[4][MFT__KC + 64], square[MFT__W * MFT__W], out[16];
-    int64_t r0, l0, p0, n;
-    int     r, l, j, bf16 = g->s.dtype == MFT_BF16;
+    float   square[MFT__W * MFT__W], out[16];
+    int64_t apart = (end - begin + 3) / 4, block = g->v_count <= NL ? g->k : MFT__KC, i, l0, p0, n;     /* vectors stay in the first cache */
+    int     r, l, j;
     memset(sums, 0, sizeof(float) * (size_t)(mft__round_up(g->v_count, NL) / NL * 16 * MFT__W));
-    for (r0 = begin; r0 < end; r0 += 4) {
-        int nr = (int)mft__min64(end - r0, 4);
-        for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
+    for (i = begin; i < begin + apart; i++) {
+        for (p0 = 0; p0 < g->k; p0 += block) {
             const void *s[4];
-            n = mft__min64(g->k - p0, MFT__KC);
-            if (r0 + 8 <= end) MFT__FN(prefetch)(&g->s, r0 + 4, p0, 4, n);
+            n = mft__min64(g->k - p0, block);
             for (r = 0; r < 4; r++)                             /* rows that are not there: another's again */
-                if (r >= nr)   s[r] = s[0];
-                else if (bf16) s[r] = (const uint16_t *)g->s.data + (r0 + r) * g->s.row_stride + p0;
-                else           s[r] = MFT__FN(fetch)(rows[r], &g->s, r0 + r, p0, n);
+                s[r] = i + r * apart < end ? (const char *)g->s.data + mft_dtype_bytes(g->s.dtype, (i + r * apart) * g->s.row_stride + p0) : s[0];
             for (l0 = 0; l0 < g->v_count; l0 += NL) {
                 const float *v[NL];
                 float       *at = sums + l0 / NL * 16 * MFT__W;
                 int          nl = (int)mft__min64(g->v_count - l0, NL);
                 for (l = 0; l < NL; l++) v[l] = (const float *)g->v.data + (g->v_begin + l0 + (l < nl ? l : 0)) * g->v.row_stride + p0;
-                if (nl == 1) {
-                    if (bf16) MFT__FN(gemm_dots_block)(1, 1, at, p0 != 0, s, v, n);
-                    else      MFT__FN(gemm_dots_block)(1, 0, at, p0 != 0, s, v, n);
-                } else {
-                    if (bf16) MFT__FN(gemm_dots_block)(NL, 1, at, p0 != 0, s, v, n);
-                    else      MFT__FN(gemm_dots_block)(NL, 0, at, p0 != 0, s, v, n);
-                }
+                MFT__FN(gemm_dots_of)(g->s.dtype, nl == 1, at, p0 != 0, s, v, n);
             }
         }
         for (l0 = 0; l0 < g->v_count; l0 += NL) {
             const float *at = sums + l0 / NL * 16 * MFT__W;
-            for (j = 0; j < 16; j += MFT__W) {                  /* the sums over lanes, W at a time */
+            if (g->v_count - l0 == 1) for (r = 0; r < 4; r++) out[4 * r] = MFT__FN(quad_sum)(at + 4 * r * MFT__W);
+            else for (j = 0; j < 16; j += MFT__W) {             /* the sums over lanes, W at a time */
                 MFT__V y = MFT__SET1(0.0f);
                 MFT__FN(transpose)(square, MFT__W, at + j * MFT__W, MFT__W);
                 for (r = 0; r < MFT__W; r++) y += MFT__LOAD(square + r * MFT__W);
                 MFT__STORE(out + j, y);
             }
-            for (r = 0; r < nr; r++) for (l = 0; l < NL && l0 + l < g->v_count; l++) {
-                int64_t row = r0 + r, lane = g->v_begin + l0 + l;
+            for (r = 0; r < 4 && i + r * apart < end; r++) for (l = 0; l < NL && l0 + l < g->v_count; l++) {
+                int64_t row = i + r * apart, lane = g->v_begin + l0 + l;
                 float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane;
                 float   y = g->alpha * out[4 * r + l];
                 if (g->add)  y += *c;
@@ -6339,6 +6499,9 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 #  undef MFT__ZIP_HI
 #  undef MFT__LOAD_F16
 #  undef MFT__STORE_F16
+#  undef MFT__LOAD_BF16
+#  undef MFT__LOAD_Q8
+#  undef MFT__LOAD_Q4
 #endif
 
 #endif /* MFT__ROW */
