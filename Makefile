@@ -13,12 +13,14 @@
 CC      ?= cc
 CXX     ?= c++
 CFLAGS  ?= -O2 -g
+CFLAGS_TEXT ?= $(CFLAGS)
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes
 LIBS     = -lm -lpthread
 BUILD   ?= build
 RUN     ?=
 FUZZ_SECONDS ?= 10
-FUZZ_FLAGS   ?= -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE      = -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+FUZZ_FLAGS   ?= -O1 $(SANITIZE)
 
 HEADERS  = mft.h mft_safetensors.h mft_models.h
 TESTS    = $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
@@ -34,8 +36,23 @@ $(BUILD):
 $(BUILD)/mft: tools/mft.c tools/bench.h tools/report.h $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. tools/mft.c -o $@ $(LIBS)
 
-$(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
+# Tests that look behind the public declarations hold the implementation, as an app's one file does; the others
+# share an object of it, which is compiled once.
+INSIDE  := $(patsubst tests/%.c,$(BUILD)/%,$(shell grep -l -e MFT_IMPLEMENTATION -e '"test_.*\.c"' tests/test_*.c))
+OUTSIDE  = $(filter-out $(INSIDE),$(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c)))
+
+# With a sanitizer compiling is what takes the time, so that what computes little is compiled without optimisation.
+TEXT = bad_input chat dataset json safetensors tokenizer unicode
+$(TEXT:%=$(BUILD)/test_%) $(EXAMPLES): override CFLAGS := $(CFLAGS_TEXT)
+
+$(BUILD)/library.o: $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -DMFT_IMPLEMENTATION -I. -x c -c mft_models.h -o $@
+
+$(INSIDE): $(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -Itests $< -o $@ $(LIBS)
+
+$(OUTSIDE): $(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(BUILD)/library.o
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -Itests $< $(BUILD)/library.o -o $@ $(LIBS)
 
 $(BUILD)/test_%: tests/test_%.cc $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
 	$(CXX) -std=c++11 $(CFLAGS) -Wall -Wextra -Wpedantic -Wshadow -I. -Itests $< -o $@ $(LIBS)
@@ -60,7 +77,7 @@ bench: $(BUILD)/mft
 	$(RUN) $(BUILD)/mft bench
 
 sanitize:
-	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_TEXT="-O0 $(SANITIZE)"
 	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
 
 fuzz: $(FUZZERS)

@@ -3,7 +3,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE                         /* mkdtemp, fork, kill */
 #endif
-#define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"

@@ -4,7 +4,6 @@
  * Tolerances are the set's own floors.json (ten times torch's float32 error there), 5e-6 for what it does not list.
  * An operator of the file that no test here claims is a failure, so nothing new goes unnoticed. */
 #include "test.h"
-#define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 
