@@ -1289,10 +1289,28 @@ typedef struct mft__tensor {
     int64_t          view_offset;           /* elements from the start of that                       */
     int              grad_written;          /* its gradient holds numbers to add to                  */
     int              paged;                 /* wrapped: its numbers are in a mapped file, which stays as it is */
+    struct mft__pages *pages;               /* paged: who brings them, see mft__need                 */
     int              consumed;              /* a backward pass has been through it: its record and numbers are gone */
 } mft__tensor;
 
 static mft__tensor *mft__of(mft_tensor *t) { return (mft__tensor *)(void *)t; }
+
+static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status);     /* [TAPE]: a step without one of its tensors has failed */
+
+/* Brings bytes of a file into memory, at the place where it is mapped, or into room set aside for it: see [READ]. */
+typedef struct mft__pages {
+    int (*fetch)(mft_context *ctx, struct mft__pages *self, const char *p, uint64_t bytes);    /* 0: the sentence is set */
+} mft__pages;
+
+/* To be asked before elements [first, first + n) of a weight are read: a file may have become shorter, and may be one
+ * that is read piece by piece. 0: the step has failed. */
+static int mft__need(mft_context *ctx, const mft_tensor *w, int64_t first, int64_t n)
+{
+    mft__pages *pages = ((const mft__tensor *)(const void *)w)->pages;
+    if (!pages || !MFT__RUNS(ctx) || pages->fetch(ctx, pages, (const char *)w->data + mft_dtype_bytes(w->dtype, first), mft_dtype_bytes(w->dtype, n))) return 1;
+    mft__op_failed(ctx, MFT_ERR_IO);
+    return 0;
+}
 
 /* Says that elements [first, first + n) of a weight have been read: where memory is short, the pages of a mapped
  * file go at once, so that no more is resident than one product's. They come back from the page cache. */
@@ -1460,8 +1478,6 @@ static mft_tensor *mft__tensor_listed(mft_context *ctx, mft_tensor *t)
     if (t) mft__object_add(ctx, &mft__of(t)->object, mft__tensor_destroy_object);
     return t;
 }
-
-static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status);     /* [TAPE]: a step without one of its tensors has failed */
 
 MFT_API mft_tensor *mft_tensor_create(mft_context *ctx, mft_lifetime life, mft_dtype dtype, int ndim, const int64_t *shape)
 {
@@ -3492,6 +3508,7 @@ static mft_tensor *mft__linear_result(mft_context *ctx, const mft_tensor *x, con
 static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, mft_tensor *y)
 {
     int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
+    if (!mft__need(ctx, w, 0, out * in)) return;
     mft__product(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1),
                  mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]), bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out);
     mft__passed(ctx, w, 0, out * in);
@@ -3511,7 +3528,8 @@ static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w
     if (bias && bias->trainable) mft__broadcast_sum(ctx, bias, dy, NULL, 1, rows);
     if (x->trainable) {
         float *dx = mft__grad(ctx, x, &add);
-        if (dx) mft__product(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
+        if (dx && mft__need(ctx, w, 0, out * in))
+            mft__product(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
                              NULL, add, dx, in);
         mft__passed(ctx, w, 0, out * in);
     }
@@ -3577,6 +3595,14 @@ static void mft__embedding_backward(mft_context *ctx, mft__record *r)
     if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, t.table->shape[1], 128, mft__embedding_backward_run, &t);
 }
 
+/* mft__need of single rows. */
+static int mft__need_rows(mft_context *ctx, const mft_tensor *table, const int32_t *ids, int64_t n)
+{
+    int64_t i, cols = table->shape[1];
+    for (i = 0; i < n; i++) if (!mft__need(ctx, table, ids[i] * cols, cols)) return 0;
+    return 1;
+}
+
 MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int32_t *ids, int64_t batch, int64_t seq, int32_t padding_idx)
 {
     mft__embedding_task t;
@@ -3604,6 +3630,7 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
     /* a mapped row brings its neighbours into memory, 64 KB on Linux: where that counts they go after every few rows */
     piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : t.n;
     for (i = 0; MFT__RUNS(ctx) && i < t.n; i += piece) {
+        if (!mft__need_rows(ctx, table, ids + i, mft__min(t.n - i, piece))) return NULL;
         t.ids = ids + i; t.y = (float *)y->data + i * shape[2];
         mft__parallel(ctx, mft__min(t.n - i, piece), MFT__ROW_GRAIN, mft__embedding_run, &t);
         mft__passed(ctx, table, 0, table->shape[0] * shape[2]);
@@ -3997,6 +4024,7 @@ static int mft__row_norms(mft_context *ctx, const mft_tensor *w, const float *a,
     size_t  bytes = (size_t)(MFT__DORA_ROWS * in) * sizeof(float), size = mft_dtype_bytes(w->dtype, 1);
     float  *sum = (float *)mft__high(ctx, bytes), *row = (float *)mft__high(ctx, (size_t)in * sizeof(float));
     if (!sum || !row) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return 0; }
+    if (!mft__need(ctx, w, 0, out * in)) return 0;
     for (o = 0; o < out; o += MFT__DORA_ROWS) {
         int64_t n = mft__min(out - o, MFT__DORA_ROWS);
         if (b) mft__product(ctx, n, in, rank, scale, mft__matrix_f32(b + o * rank, rank, 1), mft__matrix_f32(a, in, 1), NULL, 0, sum, in);
@@ -4242,8 +4270,10 @@ static void mft__head_backward_run(void *arg, int64_t begin, int64_t end, int wo
 
 static void mft__head_finish(mft_context *ctx, mft__xent_task t, int64_t n)
 {
-    int64_t i, cols = t.w->shape[1], piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : n;     /* as in mft_embedding */
+    const int32_t *rows = t.rows, *labels = t.labels;
+    int64_t i, k, cols = t.w->shape[1], piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : n;     /* as in mft_embedding */
     for (i = 0; i < n; i += piece) {
+        for (k = i; k < mft__min(n, i + piece); k++) if (!mft__need(ctx, t.w, labels[rows[k]] * t.w->stride[0], cols)) return;
         mft__parallel(ctx, mft__min(n - i, piece), 4, mft__head_finish_run, &t);
         mft__passed(ctx, t.w, 0, t.w->shape[0] * cols);
         t.rows += piece; t.dx += piece * cols; t.sum += piece; t.label_logit += piece;
@@ -4277,6 +4307,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
     for (v = 0; n && v < vocab && !mft__cancelled(ctx); v += MFT__HEAD_TILE) {  /* the weights pass by once */
         int64_t nv = mft__min(vocab - v, MFT__HEAD_TILE);
         const char *wv = (const char *)w->data + mft_dtype_bytes(w->dtype, v * w->stride[0]);
+        if (!mft__need(ctx, w, v * w->stride[0], nv * cols)) break;
         t->vocab = nv; t->tile_begin = v;
         for (r = 0; r < n; r += MFT__HEAD_ROWS) {
             int64_t nr = mft__min(n - r, MFT__HEAD_ROWS);

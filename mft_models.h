@@ -498,7 +498,7 @@ typedef struct mft_trainer_info {
 /* Bytes a training step will need, by part, and what the trainer has chosen so that they are few. Without a memory
  * budget it recomputes only as many blocks as it takes to keep `step` below 80 MB. To fit a context's
  * memory_budget it does, in this order and no more than needed: split the micro-batch, drop the pages of mapped
- * weights behind each use (they come back from the page cache, or the disk), recompute blocks, and take
+ * weights behind each use (they come back from the page cache, the disk, or the mft_io), recompute blocks, and take
  * MLPs in smaller pieces. Losses and gradients stay the same but for the last bits of sums. */
 typedef struct mft_plan {
     size_t weights_mapped;                  /* what is used in the file                                         */
@@ -9988,6 +9988,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     int          in_block = strstr(p->name, ".layers.") || strstr(p->name, ".h.");
     const void  *bytes = NULL;
     const char  *file;
+    mft__pages  *pages = NULL;
     mft_dtype    dtype;
 
     if (!e) return mft__fail(ctx, MFT_ERR_FORMAT, "%s: no tensor fills the parameter %s", m->dir, p->name);
@@ -10008,7 +10009,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     dtype = train || ndim == 1 ? MFT_F32 : convert >= 0 ? (mft_dtype)convert : e->dtype;
     if (mft__is_quantized(dtype) && (!in_block || shape[1] % 32)) dtype = e->dtype;
     if (dtype == e->dtype && ndim == 2 && !train) {             /* in place, if it lies as its numbers need */
-        bytes = mft_safetensors_map(m->files, e);
+        bytes = mft__safetensors_pages(m->files, e, &pages);
         if (!bytes) return MFT_ERR_IO;
         if ((uintptr_t)bytes % mft_dtype_bytes(dtype, 1)) bytes = NULL;
     }
@@ -10023,7 +10024,8 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
             return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s holds NaN or infinity", file, e->name);
     }
     p->t->trainable = train;
-    mft__of(p->t)->paged = bytes && mft__safetensors_is_mapped(m->files, e);
+    mft__of(p->t)->paged = bytes && pages;
+    mft__of(p->t)->pages = bytes ? pages : NULL;
     if (conv1d && ndim == 2) {                                  /* [out, in] over numbers that lie [in, out] */
         p->t->shape[0] = out;  p->t->shape[1] = in;
         p->t->stride[0] = 1;   p->t->stride[1] = out;
@@ -10114,8 +10116,6 @@ static mft_status mft__load_weights(mft_model *m)
     return s == MFT_OK ? mft__check_all_used(m) : s;
 }
 
-static void mft__drop_pages(const char *p, uint64_t bytes) { mft__file_advise(p, bytes, 0); }
-
 /* What would write weights back needs them as the snapshot has them. */
 static mft_status mft__refuse_quantized(const mft_model *m, const char *call)
 {
@@ -10134,13 +10134,28 @@ static void mft__drop_weights(mft_model *m)
     for (i = 0; i < n; i++) mft__safetensors_drop(m->files, &e[i]);
 }
 
+/* mft__need outside of a step: of elements [first, first + n). */
+static mft_status mft__weight_fetch(const mft_model *m, mft_tensor *t, int64_t first, int64_t n)
+{
+    mft__pages *pages = mft__of(t)->pages;
+    return !pages || pages->fetch(m->ctx, pages, (const char *)t->data + mft_dtype_bytes(t->dtype, first), mft_dtype_bytes(t->dtype, n)) ? MFT_OK : MFT_ERR_IO;
+}
+
 /* The name of a weight that holds NaN or infinity; NULL if none does. Quantised ones are not looked at. */
 static const char *mft__nonfinite_weight(const mft_model *m)
 {
-    int i;
+    enum { PIECE = 1 << 20 };
+    int64_t at, n, total;
+    int     i;
     for (i = 0; i < m->n_params; i++) {
-        const mft_tensor *t = m->params[i].t;
-        if (!mft__is_quantized(t->dtype) && mft__has_nonfinite(m->ctx->kernels, t->data, t->dtype, mft_tensor_numel(t))) return m->params[i].name;
+        mft_tensor *t = m->params[i].t;
+        total = mft__is_quantized(t->dtype) ? 0 : mft_tensor_numel(t);
+        for (at = 0; at < total; at += n) {
+            n = mft__min(total - at, PIECE);
+            if (mft__weight_fetch(m, t, at, n) != MFT_OK) return NULL;
+            if (mft__has_nonfinite(m->ctx->kernels, (const char *)t->data + mft_dtype_bytes(t->dtype, at), t->dtype, n)) return m->params[i].name;
+            mft__passed(m->ctx, t, at, n);
+        }
     }
     return NULL;
 }
@@ -10515,6 +10530,17 @@ static mft_tensor *mft__mlp_block(mft_context *ctx, mft_tensor *x, void *user)
     return x;
 }
 
+/* Where pages are dropped: starts to read a block's weights from the disk, in the background, while another one computes. */
+static void mft__fetch_ahead(mft_model *m, int layer)
+{
+    int k;
+    if (layer < 0 || layer >= m->config.n_layer || m->files->shards[0].streamed || !MFT__RUNS(m->ctx)) return;
+    for (k = 0; k < MFT__N_MODULES; k++) {
+        mft__parameter *p = mft__module_at(m, layer, k)->w;
+        if (p && mft__of(p->t)->pages) mft__file_advise((const char *)p->t->data, mft_dtype_bytes(p->t->dtype, mft_tensor_numel(p->t)), 1);
+    }
+}
+
 /* x + attention(norm(x)), then x + mlp(norm(x)); Gemma norms what is added as well. */
 static mft_tensor *mft__block(mft_context *ctx, mft_tensor *x, void *user)
 {
@@ -10522,6 +10548,7 @@ static mft_tensor *mft__block(mft_context *ctx, mft_tensor *x, void *user)
     mft_model       *m = call->m;
     int              layer = call->layer;
     mft_tensor      *h;
+    if (ctx->drop_pages) mft__fetch_ahead(m, ctx->recomputing ? layer - 1 : layer + 1);
     h = mft__attention_part(call, mft__module_norm(m, layer, MFT__NORM1, x));
     x = mft_add(ctx, x, h ? mft__module_norm(m, layer, MFT__POST_ATTENTION, h) : NULL);
     if (!x || (ctx->grad_enabled && !ctx->recomputing)) return x ? mft__mlp_block(ctx, x, call) : NULL;
@@ -10768,7 +10795,9 @@ static mft_status mft__model_write(mft_model *model, const char *dir, int as_hel
     if (s == MFT_OK) s = mft_safetensors_write_begin(ctx, path, specs, model->n_params, NULL, &w);
     for (k = 0; k < model->n_params && s == MFT_OK; k++) {
         mft_tensor t = mft__as_stored(model->params[k].t);
-        s = mft_safetensors_write_tensor(w, k, &t);
+        s = mft__weight_fetch(model, model->params[k].t, 0, mft_tensor_numel(&t));
+        if (s == MFT_OK) s = mft_safetensors_write_tensor(w, k, &t);
+        mft__passed(model->ctx, model->params[k].t, 0, mft_tensor_numel(&t));
     }
     if (s == MFT_OK) s = mft_safetensors_write_commit(w); else mft_safetensors_write_abort(w);
     for (i = 0; i < sizeof mft__companions / sizeof *mft__companions && s == MFT_OK; i++)
@@ -11640,6 +11669,7 @@ static mft_status mft__merge_module(mft_model *m, mft__parameter *p, const mft__
     float       *row;
     mft_status   s = MFT_OK;
     shape[0] = strided ? in : out; shape[1] = strided ? out : in;
+    if ((s = mft__weight_fetch(m, old, 0, out * in)) != MFT_OK) return s;
     t = mft__tensor_held(ctx, MFT__WEIGHTS, old->dtype, 2, shape, NULL);
     if (!t) return MFT_ERR_OUT_OF_MEMORY;
     memcpy(t->shape, old->shape, sizeof t->shape);
@@ -11998,14 +12028,18 @@ static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *
  * matrix, a tile of the head, some rows of the embedding with the 64 KB around each. */
 static size_t mft__paged_bytes(const mft_model *m)
 {
-    size_t most = (size_t)MFT__PAGED_ROWS << 16;
+    size_t most = 0, rows = (size_t)MFT__PAGED_ROWS << 16, all, bytes;
     int    i;
     for (i = 0; i < m->n_params; i++) {
         const mft_tensor *t = m->params[i].t;
-        int64_t           n = mft_tensor_numel(t);
         if (!mft__of(m->params[i].t)->paged) continue;
-        if (&m->params[i] == m->embedding || &m->params[i] == m->head) n = mft__min(n, MFT__HEAD_TILE * t->shape[1]);
-        if (mft_dtype_bytes(t->dtype, n) > most) most = mft_dtype_bytes(t->dtype, n);
+        all = bytes = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
+        if (&m->params[i] == m->embedding || &m->params[i] == m->head) {
+            bytes = mft_dtype_bytes(t->dtype, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
+            if (bytes < rows) bytes = rows;
+        } else if (&m->params[i] == m->positions) bytes = rows;
+        if (bytes > all) bytes = all;
+        if (bytes > most) most = bytes;
     }
     return most;
 }
@@ -12096,7 +12130,7 @@ static mft_status mft__choose_memory(mft_trainer *tr, int batch, int seq, mft_pl
             if (batch == 1 || !ctx->budget) break;
         }
         if (!ctx->budget || ctx->drop_pages || !p->weights_mapped) break;
-        ctx->drop_pages = mft__drop_pages;
+        ctx->drop_pages = mft__file_drop;
     }
     for (i = from + 1; i <= to; i++) if (mft__choice_fits(tr, batch, seq, i, MFT__MLP_ROWS, p, &s) || s != MFT_OK) return s;
     if (!ctx->budget) return MFT_OK;                            /* as frugal as can be */

@@ -95,8 +95,9 @@ typedef struct mft_safetensors_entry {      /* borrowed until the close */
  *          OUT_OF_MEMORY; the message names file and tensor
  * memory   entries and names, about 150 bytes a tensor; the files are mapped (with an mft_io: read
  *          when asked for)
- * A mapped file must not be shortened or rewritten in place while it is open; files that are
- * replaced by renaming, as this library and the Hugging Face cache do, may be replaced any time. */
+ * A mapped file must not be rewritten in place while it is open, nor shortened: its length is looked at before each use
+ * of a model's weights and each mft_safetensors_read, which then fail with IO, but not in the middle of one. Files that
+ * are replaced by renaming, as this library and the Hugging Face cache do, may be replaced any time. */
 MFT_API mft_status mft_safetensors_open (mft_context *ctx, const char *path, mft_safetensors **out);
 MFT_API void       mft_safetensors_close(mft_safetensors *st);
 /* All entries, shard by shard, in the order of their bytes. */
@@ -117,7 +118,8 @@ MFT_API mft_status  mft_safetensors_read(mft_safetensors *st, const mft_safetens
 /* The tensor's bytes where they are, contiguous, borrowed until the close and never to be written
  * to. Their address has the alignment of their place in the file, which old files leave odd: check
  * `(uintptr_t)p % size`, and use mft_safetensors_read where it matters.
- * With an mft_io or MFT_NO_MMAP the first call reads them into memory, where they stay.
+ * With an mft_io or MFT_NO_MMAP the first call reads them into memory, where they stay. (A model's weights
+ * under a memory budget are read anew for each use, unless the trainer finds room for all of them.)
  * NULL on failure (UNSUPPORTED, IO, OUT_OF_MEMORY). */
 MFT_API const void *mft_safetensors_map (mft_safetensors *st, const mft_safetensors_entry *e);
 
@@ -749,12 +751,50 @@ static void mft__file_advise(const char *p, uint64_t bytes, int fetch)
     if (bytes) madvise((void *)begin, (size_t)((uintptr_t)p + bytes - begin), fetch ? MADV_WILLNEED : MADV_DONTNEED);
 }
 
+/* Brings [p, p + bytes) of a mapping into memory at once, which is cheaper than one fault after the other, and says
+ * instead of raising a signal when the file or the disk has them no more: 0 with errno. Systems without this say yes. */
+static int mft__file_fetch(const char *p, uint64_t bytes)
+{
+#  ifdef __linux__
+    enum { POPULATE_READ = 22 };            /* Linux 5.14; headers may be older */
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)p / page * page;
+    return madvise((void *)begin, (size_t)((uintptr_t)p + bytes - begin), POPULATE_READ) == 0 || (errno != EFAULT && errno != EIO);
+#  else
+    (void)p; (void)bytes;
+    return 1;
+#  endif
+}
+
+/* Addresses for so many bytes, which take memory only where they are written and until they are dropped; NULL: no. */
+static const char *mft__file_room(uint64_t bytes)
+{
+#  if defined(MAP_ANONYMOUS)
+    enum { ANONYMOUS = MAP_ANONYMOUS };
+#  elif defined(__linux__)                  /* hidden by strict -std=c99 */
+    enum { ANONYMOUS = 0x20 };
+#  else
+    enum { ANONYMOUS = 0x1000 };            /* BSD and Apple */
+#  endif
+    void *p = bytes > (size_t)-1 / 2 ? MAP_FAILED : mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | ANONYMOUS, -1, 0);
+    return p == MAP_FAILED ? NULL : (const char *)p;
+}
+
+/* How long the file is now. */
+static uint64_t mft__file_length(const mft__file *f)
+{
+    struct stat st;
+    return fstat(f->fd, &st) == 0 ? (uint64_t)st.st_size : 0;
+}
+
 #else
 
 static void mft__file_unmap(const char *base, uint64_t bytes) { (void)base; (void)bytes; }
 static void mft__file_advise(const char *p, uint64_t bytes, int fetch) { (void)p; (void)bytes; (void)fetch; }
+static const char *mft__file_room(uint64_t bytes) { (void)bytes; return NULL; }
 
 #endif
+
+static void mft__file_drop(const char *p, uint64_t bytes) { mft__file_advise(p, bytes, 0); }
 
 /* ---- writing ----
  *
@@ -1838,9 +1878,12 @@ MFT__UNUSED static void mft__json_write_node(mft__json_writer *w, const mft_json
 enum { MFT__MAX_HEADER = 100000000, MFT__MAX_NAME = 1024 };
 
 typedef struct mft__shard {
+    mft__pages  pages;                      /* first: weights in the file know it by this             */
     char       *path;
-    const char *base;                       /* the mapped file; NULL if it is read                    */
-    mft__file   file;                       /* open if it is not mapped                               */
+    const char *base;                       /* the mapped file, or room for its bytes; NULL if it is read */
+    int         streamed, whole;            /* streamed: base is room that a file which cannot be mapped is read into, piece by
+                                               piece while pages are dropped, else at once: whole                 */
+    mft__file   file;
     uint64_t    bytes;                      /* of the file                                            */
     char       *strings;                    /* names and metadata; freed with strings_bytes           */
     size_t      strings_bytes, strings_used;
@@ -2087,6 +2130,31 @@ static mft_status mft__header_parse(mft_safetensors *st, mft__shard *sh, const c
  *   rule  a mapped file is never written to; what cannot be mapped is read when asked for
  * ============================================================================== */
 
+#ifndef MFT_NO_MMAP
+/* A mapped page behind the file's end cannot be read without a signal, so the length is looked at before each use: half
+ * a microsecond. Only what happens in the middle of a product is not noticed. */
+static int mft__shard_fetch_mapped(mft_context *ctx, mft__pages *self, const char *p, uint64_t bytes)
+{
+    mft__shard *sh = (mft__shard *)(void *)self;
+    uint64_t    now = mft__file_length(&sh->file);
+    if (now >= sh->bytes && (!ctx->drop_pages || mft__file_fetch(p, bytes))) return 1;
+    if (now >= sh->bytes) mft__fail(ctx, MFT_ERR_IO, "%s: cannot be read at byte %llu: %s", mft__path(sh->path), (unsigned long long)(p - sh->base), strerror(errno));
+    else mft__fail(ctx, MFT_ERR_IO, "%s: was shortened to %llu bytes while in use, was %llu long when opened", mft__path(sh->path), (unsigned long long)now, (unsigned long long)sh->bytes);
+    return 0;
+}
+#endif
+
+static int mft__shard_fetch_streamed(mft_context *ctx, mft__pages *self, const char *p, uint64_t bytes)
+{
+    mft__shard *sh = (mft__shard *)(void *)self;
+    if (sh->whole && !ctx->drop_pages) return 1;
+    if (!ctx->drop_pages) { p = sh->base; bytes = sh->bytes; }
+    sh->whole = 0;
+    if (mft__file_read(&sh->file, (uint64_t)(p - sh->base), (void *)(uintptr_t)p, (size_t)bytes) != MFT_OK) return 0;
+    sh->whole = !ctx->drop_pages;
+    return 1;
+}
+
 /* Opens, maps and checks one file; `path` is copied. Adds a shard and its entries to st. */
 static mft_status mft__shard_open(mft_safetensors *st, mft__shard *sh, const char *path)
 {
@@ -2127,7 +2195,7 @@ static mft_status mft__shard_open(mft_safetensors *st, mft__shard *sh, const cha
     if (!sh->file.handle) {
         sh->base = mft__file_map(&sh->file);
         if (!sh->base) return MFT_ERR_OUT_OF_MEMORY;
-        mft__file_close(&sh->file);                         /* the mapping stays */
+        sh->pages.fetch = mft__shard_fetch_mapped;
         return mft__header_parse(st, sh, sh->base + 8, (size_t)n);
     }
 #endif
@@ -2136,6 +2204,11 @@ static mft_status mft__shard_open(mft_safetensors *st, mft__shard *sh, const cha
     s = mft__file_read(&sh->file, 8, text, (size_t)n);
     if (s == MFT_OK) s = mft__header_parse(st, sh, text, (size_t)n);
     mft__free(ctx, text, (size_t)n);
+    if (s == MFT_OK && ctx->budget && (sh->base = mft__file_room(sh->bytes)) != NULL) {
+        sh->streamed = 1;
+        sh->pages.fetch = mft__shard_fetch_streamed;
+        ctx->drop_pages = mft__file_drop;
+    }
     return s;
 }
 
@@ -2250,7 +2323,7 @@ static mft_status mft__safetensors_check(mft_safetensors *st, const mft_safetens
 /* Where an entry's bytes are in memory; NULL if they are only in the file. */
 static const char *mft__safetensors_bytes(const mft_safetensors *st, const mft_safetensors_entry *e)
 {
-    if (st->shards[e->shard].base) return st->shards[e->shard].base + e->offset;
+    if (st->shards[e->shard].base && !st->shards[e->shard].streamed) return st->shards[e->shard].base + e->offset;
     return st->held ? (const char *)st->held[e - st->entries] : NULL;
 }
 
@@ -2273,7 +2346,17 @@ MFT_API const void *mft_safetensors_map(mft_safetensors *st, const mft_safetenso
     return p;
 }
 
-MFT__UNUSED static int mft__safetensors_is_mapped(const mft_safetensors *st, const mft_safetensors_entry *e) { return st->shards[e->shard].base != NULL; }
+/* Where a weight may be used in place, and who brings it there before each use: *pages, NULL if it is there to stay. */
+MFT__UNUSED static const void *mft__safetensors_pages(mft_safetensors *st, const mft_safetensors_entry *e, mft__pages **pages)
+{
+    mft__shard *sh;
+    *pages = NULL;
+    if (mft__safetensors_check(st, e) != MFT_OK) return NULL;
+    sh = &st->shards[e->shard];
+    if (!sh->base) return mft_safetensors_map(st, e);
+    *pages = &sh->pages;
+    return sh->base + e->offset;
+}
 
 /* Hints for the pages of a mapped entry: wanted soon, or not for long. Its bytes stay readable; after
  * a drop they come from the page cache or the disk again. Without a mapping nothing happens. */
@@ -2366,6 +2449,7 @@ MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetenso
         return mft__tensor_fail(st->ctx, MFT_ERR_UNSUPPORTED, sh->path, e->name, "is %s, which does not convert to %s", e->dtype_name, mft_dtype_name(dst->dtype));
 
     there  = mft__safetensors_bytes(st, e);
+    if (there && sh->base && !sh->pages.fetch(st->ctx, &sh->pages, there, e->bytes)) return MFT_ERR_IO;
     direct = mft__is_contiguous(dst) ? (char *)dst->data : NULL;
     if (direct && e->dtype == dst->dtype) {
         if (!there) return mft__file_read(&sh->file, e->offset, direct, (size_t)e->bytes);

@@ -1,9 +1,11 @@
 /* Training within a memory budget: the plan against the allocator, what is chosen, and that the numbers stay. */
+#define _GNU_SOURCE 1
 #define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
 #include "test.h"
+#include "room.h"
 
 enum { BATCH = 4, SEQ = 24, STEPS = 3, MAX_PARAMS = 256 };
 
@@ -282,13 +284,169 @@ static void test_pieces(void)
     }
 }
 
+/* ---- weights that come and go ---- */
+typedef struct rig { mft_context *ctx; mft_model *m; mft_trainer *tr; int32_t ids[SEQ]; mft_batch b; } rig;
+
+static mft_status rig_make(rig *r, const char *dir, size_t budget, const mft_io *io)
+{
+    mft_context_desc cd;
+    mft_status       s;
+    int              i;
+    memset(r, 0, sizeof *r); memset(&cd, 0, sizeof cd);
+    cd.n_threads = 2; cd.memory_budget = budget;
+    if (io) cd.io = *io;
+    s = mft_context_create(&cd, &r->ctx);
+    if (s == MFT_OK) s = mft_model_load(r->ctx, dir, NULL, &r->m);
+    if (s == MFT_OK) s = mft_lora_attach(r->m, NULL);
+    if (s == MFT_OK) s = mft_trainer_create(r->m, NULL, NULL, &r->tr);
+    for (i = 0; s == MFT_OK && i < SEQ; i++) r->ids[i] = i * 7 % (int32_t)r->m->config.vocab_size;
+    r->b.input_ids = r->ids; r->b.batch = 1; r->b.seq = SEQ;
+    return s;
+}
+
+/* A budget that has no room for all of the weights. */
+static size_t tight(const char *dir)
+{
+    rig      r;
+    mft_plan p;
+    memset(&p, 0, sizeof p);
+    CHECK(rig_make(&r, dir, (size_t)1 << 30, NULL) == MFT_OK && mft_trainer_plan(r.tr, 1, SEQ, &p) == MFT_OK && !p.drops_pages);
+    mft_context_destroy(r.ctx);
+    return p.total - p.weights_mapped / 3;
+}
+
+/* Assets: files that only callbacks can read, one of which can come to an end. */
+static struct { uint64_t read, ends_at; int open; } asset;
+static void *asset_open(void *user, const char *path, uint64_t *out_bytes)
+{
+    FILE *f = fopen(path, "rb");
+    (void)user;
+    if (!f) return NULL;
+    fseek(f, 0, SEEK_END); *out_bytes = (uint64_t)ftell(f);
+    asset.open++;
+    return f;
+}
+static size_t asset_read(void *user, void *file, uint64_t offset, void *dst, size_t bytes)
+{
+    (void)user;
+    if (asset.ends_at && offset + bytes > asset.ends_at) return 0;
+    asset.read += bytes;
+    return fseek((FILE *)file, (long)offset, SEEK_SET) == 0 ? fread(dst, 1, bytes, (FILE *)file) : 0;
+}
+static void asset_close(void *user, void *file) { (void)user; fclose((FILE *)file); asset.open--; }
+
+#ifndef MFT_NO_MMAP
+/* Pages of the file's place that take memory. */
+static size_t pages_there(const mft__shard *sh, size_t *all)
+{
+    static unsigned char map[4096];
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), n = ((size_t)sh->bytes + page - 1) / page, i, there = 0;
+    *all = n;
+    if (n > sizeof map || mincore((void *)(uintptr_t)sh->base, (size_t)sh->bytes, map) != 0) return (size_t)-1;
+    for (i = 0; i < n; i++) there += map[i] & 1;
+    return there;
+}
+
+/* Assets within a budget: read piece by piece and dropped, again and again; with room enough, once. The numbers are
+ * those of the mapped file. One that ends is a sentence, and the step can be done again when it is back. */
+static void test_assets(void)
+{
+    static const char *const names[] = { "qwen2_bf16", "gemma3", "gpt2_f16" };
+    mft_io   io;
+    int      f;
+    memset(&io, 0, sizeof io);
+    io.open = asset_open; io.read = asset_read; io.close = asset_close;
+    for (f = 0; f < 3; f++) {
+        rig          r;
+        mft_progress mapped[2], p[2];
+        mft_plan     plan;
+        char         dir[200];
+        size_t       budget, all = 0, left;
+        uint64_t     before;
+        snprintf(dir, sizeof dir, "tests/golden/%s", names[f]);
+        budget = tight(dir);
+        CHECK(rig_make(&r, dir, budget, NULL) == MFT_OK);
+        CHECK(mft_trainer_step_batch(r.tr, &r.b, 1, &mapped[0]) == MFT_OK && mft_trainer_step_batch(r.tr, &r.b, 1, &mapped[1]) == MFT_OK);
+        mft_context_destroy(r.ctx);
+
+        memset(&asset, 0, sizeof asset);
+        CHECK(rig_make(&r, dir, budget, &io) == MFT_OK);
+        CHECK(mft_trainer_plan(r.tr, 1, SEQ, &plan) == MFT_OK && plan.drops_pages && plan.weights_resident < plan.weights_mapped && plan.total <= budget);
+        CHECK_MSG(mft_trainer_step_batch(r.tr, &r.b, 1, &p[0]) == MFT_OK, "%s: %s", names[f], mft_error_message(r.ctx));
+        before = asset.read;
+        CHECK(mft_trainer_step_batch(r.tr, &r.b, 1, &p[1]) == MFT_OK);
+        CHECK_MSG(asset.read - before > plan.weights_mapped * 3 / 2 && asset.read - before < 6 * plan.weights_mapped, "%s: %llu of %llu bytes", names[f],
+                  (unsigned long long)(asset.read - before), (unsigned long long)plan.weights_mapped);
+        CHECK_MSG(p[0].loss == mapped[0].loss && p[1].loss == mapped[1].loss && p[1].grad_norm == mapped[1].grad_norm, "%s: %.9g and %.9g", names[f], p[1].loss, mapped[1].loss);
+        left = pages_there(&r.m->files->shards[0], &all);
+        CHECK_MSG(left * 4 <= all, "%s: %llu of %llu pages stay", names[f], (unsigned long long)left, (unsigned long long)all);
+        asset.ends_at = r.m->files->shards[0].bytes / 2;
+        CHECK(mft_trainer_step_batch(r.tr, &r.b, 1, NULL) == MFT_ERR_IO && strstr(mft_error_message(r.ctx), "model.safetensors: ends at byte"));
+        asset.ends_at = 0;
+        CHECK_MSG(mft_trainer_step_batch(r.tr, &r.b, 1, NULL) == MFT_OK, "%s", mft_error_message(r.ctx));
+        CHECK_MSG(!mft__nonfinite_weight(r.m) && mft_lora_merge(r.m) == MFT_OK, "%s", mft_error_message(r.ctx));
+        mft_context_destroy(r.ctx);
+        CHECK(asset.open == 0);
+
+        asset.read = 0;
+        CHECK(rig_make(&r, dir, (size_t)1 << 30, &io) == MFT_OK && mft_trainer_step_batch(r.tr, &r.b, 1, &p[0]) == MFT_OK);
+        before = asset.read;
+        CHECK(mft_trainer_step_batch(r.tr, &r.b, 1, &p[1]) == MFT_OK);
+        CHECK_MSG(asset.read == before, "%s: %llu bytes read in a step that had room for all", names[f], (unsigned long long)(asset.read - before));
+        CHECK(fabs(p[1].loss - mapped[1].loss) < 1e-5 * mapped[1].loss);       /* without recomputing: the last bits of sums */
+        mft_context_destroy(r.ctx);
+    }
+}
+
+/* A mapped file that is cut while in use: IO with its name and both lengths in every mode, no signal; weights, moments
+ * and position are as before the step, which is done again when the file is whole. */
+static void test_shortened(void)
+{
+    static char bytes[1 << 22];
+    int         tightly;
+    for (tightly = 0; tightly < 2; tightly++) {
+        static const char *const names[] = { "config.json", "model.safetensors" };
+        size_t       n = 0, budget = tight("tests/golden/qwen2_bf16");
+        rig          r, whole;
+        mft_progress p, want;
+        int          i;
+        for (i = 0; i < 2; i++) {
+            char  from[200];
+            FILE *f;
+            snprintf(from, sizeof from, "tests/golden/qwen2_bf16/%s", names[i]);
+            f = fopen(from, "rb");
+            n = f ? fread(bytes, 1, sizeof bytes, f) : 0;
+            if (f) fclose(f);
+            write_file(in_room(names[i]), bytes, n);
+        }
+        CHECK(rig_make(&whole, "tests/golden/qwen2_bf16", tightly ? budget : 0, NULL) == MFT_OK && rig_make(&r, room, tightly ? budget : 0, NULL) == MFT_OK);
+        CHECK(mft_trainer_step_batch(whole.tr, &whole.b, 1, NULL) == MFT_OK && mft_trainer_step_batch(r.tr, &r.b, 1, NULL) == MFT_OK);
+        CHECK(truncate(in_room("model.safetensors"), (off_t)n / 2) == 0);
+        CHECK_MSG(mft_trainer_step_batch(r.tr, &r.b, 1, NULL) == MFT_ERR_IO && strstr(mft_error_message(r.ctx), "model.safetensors: was shortened to"), "%s", mft_error_message(r.ctx));
+        CHECK(!mft__nonfinite_weight(r.m));
+        CHECK(mft_lora_merge(r.m) == MFT_ERR_IO);
+        write_file(in_room("model.safetensors"), bytes, n);
+        CHECK_MSG(mft_trainer_step_batch(r.tr, &r.b, 1, &p) == MFT_OK, "%s", mft_error_message(r.ctx));
+        CHECK(mft_trainer_step_batch(whole.tr, &whole.b, 1, &want) == MFT_OK && p.loss == want.loss && p.grad_norm == want.grad_norm);
+        mft_context_destroy(r.ctx); mft_context_destroy(whole.ctx);
+    }
+}
+#else
+static void test_assets(void)    { SKIP("no mapping in this build"); }
+static void test_shortened(void) { SKIP("no mapping in this build"); }
+#endif
+
 int main(void)
 {
+    if (!room_make("budget")) return 1;
+    TEST(test_assets);
+    TEST(test_shortened);
     TEST(test_pieces);
     TEST(test_refusal);
     TEST(test_levers_change_nothing);
     TEST(test_budgets);
     TEST(test_drops);
     TEST(test_below_the_lowest);
+    remove_dir(room);
     return test_report("budget");
 }
