@@ -5,6 +5,8 @@
  *   [KERNELS]  matrix products and vectors, as the table of kernels offers them
  *   [OPS]      forward and backward of each op that a model's time goes into
  *   [STEPS]    whole optimizer steps of published shapes with random weights, or of a model given
+ *   [DECODE]   one token after the other, beside the bandwidth at which memory could hand over the weights
+ *   [THREADS]  more threads than cores, beside as many
  *
  * A kernel's and an op's figure is the best of many runs within a quarter of a second: what else runs on the
  * machine only takes away. A step's is the median. Wants mft.h with its implementation before it. */
@@ -15,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/time.h>
+
+enum { BENCH_ALL, BENCH_KERNELS, BENCH_OPS, BENCH_STEPS_OF, BENCH_DECODE, BENCH_THREADS };      /* parts, as run_bench names them */
 
 typedef struct bench {
     mft_context *ctx;
@@ -369,8 +373,109 @@ static int bench_steps(bench *b, const char *name, const char *dir, const bench_
     return 1;
 }
 
+/* ==============================================================================
+ * MARK: - [DECODE] One token after the other: each reads every weight once
+ * ============================================================================== */
+enum { BENCH_PROMPT = 64, BENCH_TOKENS = 48 };
+typedef struct bench_tokens { double at[BENCH_TOKENS]; int n; } bench_tokens;
+
+static int bench_on_token(void *user, int32_t id)
+{
+    bench_tokens *t = (bench_tokens *)user;
+    (void)id;
+    if (t->n < BENCH_TOKENS) t->at[t->n++] = bench_now();
+    return 0;
+}
+
+/* What a token reads: all weights, but of an embedding that is not also the head one line. */
+static double bench_weight_bytes(mft_model *m)
+{
+    enum { MOST = 8192 };
+    mft_tensor **t = (mft_tensor **)malloc(sizeof *t * MOST);
+    double       bytes = 0;
+    int          i, n = t ? mft_model_params(m, 0, t, MOST) : 0;
+    for (i = 0; i < n && i < MOST; i++) bytes += (double)mft_dtype_bytes(t[i]->dtype, mft_tensor_numel(t[i]));
+    if (m->head != m->embedding) bytes -= (double)mft_dtype_bytes(m->embedding->t->dtype, mft_tensor_numel(m->embedding->t));
+    free(t);
+    return bytes;
+}
+
+/* The median of the tokens after the first; storage as in mft_model_desc.weights. */
+static int bench_decode(bench *b, const char *name, const char *dir, const char *storage)
+{
+    mft_model        *m = NULL;
+    mft_model_desc    md;
+    mft_generate_desc gd;
+    bench_tokens      t;
+    double            start, bytes = 0;
+    int32_t           prompt[BENCH_PROMPT];
+    char              what[96];
+    int               i, ok = 0;
+    memset(&md, 0, sizeof md); memset(&gd, 0, sizeof gd); memset(&t, 0, sizeof t);
+    md.weights = storage;
+    gd.max_new_tokens = BENCH_TOKENS; gd.ignore_eos = 1; gd.on_token = bench_on_token; gd.user = &t;
+    if (mft_model_load(b->ctx, dir, &md, &m) == MFT_OK) {
+        bytes = bench_weight_bytes(m);
+        for (i = 0; i < BENCH_PROMPT; i++) prompt[i] = (int32_t)((7919 * (i + 1)) % mft_model_get_config(m)->vocab_size);
+        mft_generate(m, prompt, BENCH_PROMPT, &gd, NULL, 0);                    /* maps the pages, wakes the machine */
+        t.n = 0;
+        start = bench_now();
+        ok = mft_generate(m, prompt, BENCH_PROMPT, &gd, NULL, 0) == BENCH_TOKENS;
+    }
+    if (ok) {
+        snprintf(what, sizeof what, "%s%s%s, prompt of %d", name, storage ? " " : "", storage ? storage : "", BENCH_PROMPT);
+        bench_line(b, what, t.at[0] - start, 0, bytes);
+        for (i = BENCH_TOKENS - 1; i > 0; i--) t.at[i] -= t.at[i - 1];
+        qsort(t.at + 1, BENCH_TOKENS - 1, sizeof t.at[0], bench_by_value);
+        snprintf(what, sizeof what, "%s%s%s, a token", name, storage ? " " : "", storage ? storage : "");
+        bench_line(b, what, t.at[BENCH_TOKENS / 2], 0, bytes);
+    }
+    mft_model_destroy(m);
+    return ok;
+}
+
+static int bench_decode_all(bench *b, const char *name, const char *dir)
+{
+    return bench_decode(b, name, dir, NULL) && bench_decode(b, name, dir, "q8_0") && bench_decode(b, name, dir, "q4_0");
+}
+
+/* ==============================================================================
+ * MARK: - [THREADS] More threads than cores must cost next to nothing
+ * ============================================================================== */
+
+/* Steps of this context and of one with four threads a core, by turns; the ratio of the medians. */
+static int bench_threads(bench *b, const char *name, const char *dir)
+{
+    static const bench_mode mode = { 0, 1, 128 };
+    mft_context_desc d;
+    mft_context     *many = NULL;
+    mft_plan         plan;
+    mft_model_config c = { 0 };
+    double           few_s[3], many_s[3];
+    int              i, ok = 1, cores = mft__cores();
+    memset(&d, 0, sizeof d);
+    d.n_threads = 4 * cores; d.kernels = mft_kernels_name(b->ctx); d.precision = b->ctx->precision;
+    if (mft_context_create(&d, &many) != MFT_OK) return 0;
+    for (i = 0; i < 3 && ok; i++) {
+        few_s[i]  = bench_steps_of(b->ctx, dir, &mode, 3, &plan, &c);
+        many_s[i] = bench_steps_of(many, dir, &mode, 3, &plan, &c);
+        ok = few_s[i] > 0 && many_s[i] > 0;
+    }
+    if (ok) {
+        qsort(few_s, 3, sizeof few_s[0], bench_by_value); qsort(many_s, 3, sizeof many_s[0], bench_by_value);
+        if (b->json) printf("%s{\"model\":\"%s\",\"threads\":%d,\"seconds\":%.6g,\"many_threads\":%d,\"many_seconds\":%.6g,\"speed_ratio\":%.4g}",
+                            b->rows ? "," : "", name, b->ctx->n_threads, few_s[1], d.n_threads, many_s[1], few_s[1] / many_s[1]);
+        else printf("%-14s LoRA 1 x 128: %d threads %.1f ms a step, %d threads on %d cores %.1f ms: %.2f times the speed\n",
+                    name, b->ctx->n_threads, few_s[1] * 1e3, d.n_threads, cores, many_s[1] * 1e3, few_s[1] / many_s[1]);
+        b->rows++;
+    }
+    mft_context_destroy(many);
+    return ok;
+}
+
+/* ---- published shapes ---- */
 /* A snapshot of the shape in the folder for temporary files, measured, and taken away again. */
-static int bench_shape_steps(bench *b, const bench_shape *shape, int n_steps)
+static int bench_shape_of(bench *b, const bench_shape *shape, int part, int n_steps)
 {
     static const bench_mode modes[] = { { 0, 1, 128 }, { 0, 4, 256 }, { 1, 1, 128 }, { 1, 4, 256 } };
     const char *tmp = getenv("TMPDIR");
@@ -383,7 +488,10 @@ static int bench_shape_steps(bench *b, const bench_shape *shape, int n_steps)
     if (f) ok = fputs(shape->config, f) >= 0;
     if (f) ok &= fclose(f) == 0;
     if (!ok) fprintf(stderr, "mft bench: %s cannot be written (TMPDIR names another folder)\n", path);
-    else ok = mft_model_init(b->ctx, path, 1, shape->dtype, dir) == MFT_OK && bench_steps(b, shape->name, dir, modes, shape->dtype == MFT_F32 ? 4 : 2, n_steps);
+    else ok = mft_model_init(b->ctx, path, 1, shape->dtype, dir) == MFT_OK
+           && (part == BENCH_DECODE  ? bench_decode_all(b, shape->name, dir)
+             : part == BENCH_THREADS ? bench_threads(b, shape->name, dir)
+                                     : bench_steps(b, shape->name, dir, modes, shape->dtype == MFT_F32 ? 4 : 2, n_steps));
     remove(path);
     snprintf(path, sizeof path, "%s/config.json", dir);       remove(path);
     snprintf(path, sizeof path, "%s/model.safetensors", dir); remove(path);
@@ -391,10 +499,13 @@ static int bench_shape_steps(bench *b, const bench_shape *shape, int n_steps)
     return ok;
 }
 
-static int bench_all_steps(bench *b, int n_steps)
+static int bench_shapes_of(bench *b, int part, int n_steps)
 {
     size_t i;
-    for (i = 0; i < sizeof bench_shapes / sizeof *bench_shapes; i++) if (!bench_shape_steps(b, &bench_shapes[i], n_steps)) return 0;
+    for (i = 0; i < sizeof bench_shapes / sizeof *bench_shapes; i++) {
+        if (part == BENCH_THREADS && i) break;                  /* the first will do */
+        if (!bench_shape_of(b, &bench_shapes[i], part, n_steps)) return 0;
+    }
     return 1;
 }
 

@@ -2319,13 +2319,14 @@ static int run_init(const options *o)
  * ============================================================================== */
 static int run_bench(const options *o)
 {
-    static const char *const parts[] = { "all", "kernels", "ops", "steps", NULL };
+    static const char *const parts[] = { "all", "kernels", "ops", "steps", "decode", "threads", NULL };
     session    s;
     bench      b;
     bench_mode mode;
-    int        exit_status, ok = 1, n_steps = o->max_steps ? (int)o->max_steps : 3;
-    int        part = o->model ? 3 : choice("PART", o->path, parts);
+    int        i, exit_status, ok = 1, n_steps = o->max_steps ? (int)o->max_steps : 3;
+    int        part = choice("PART", o->path, parts);
     if (part < 0) return 2;
+    if (o->model && part < BENCH_STEPS_OF) part = BENCH_STEPS_OF;
     exit_status = open_session(o, &s);
     if (exit_status) return exit_status;
     memset(&b, 0, sizeof b);
@@ -2333,11 +2334,12 @@ static int run_bench(const options *o)
     if (b.json) printf("{\"row\":\"%s\",\"threads\":%d,\"precision\":\"%s\",", mft_kernels_name(s.ctx), s.ctx->n_threads, o->precision ? o->precision : "f32");
     ok = bench_machine(&b);
     if (b.json) printf("\"results\":[");
-    if (ok && (part == 0 || part == 1)) ok = bench_kernels(&b);
-    if (ok && (part == 0 || part == 2)) ok = bench_ops(&b);
+    if (ok && (part == BENCH_ALL || part == BENCH_KERNELS)) ok = bench_kernels(&b);
+    if (ok && (part == BENCH_ALL || part == BENCH_OPS))     ok = bench_ops(&b);
     mode.full = o->full; mode.batch = (int)o->batch_size; mode.seq = (int)o->seq_len;
-    if (ok && o->model) ok = bench_steps(&b, o->model, o->model, &mode, 1, n_steps);
-    else if (ok && (part == 0 || part == 3)) ok = bench_all_steps(&b, n_steps);
+    if (ok && o->model) ok = part == BENCH_DECODE  ? bench_decode_all(&b, o->model, o->model)
+                           : part == BENCH_THREADS ? bench_threads(&b, o->model, o->model) : bench_steps(&b, o->model, o->model, &mode, 1, n_steps);
+    else for (i = BENCH_STEPS_OF; ok && i <= BENCH_THREADS; i++) if (part == BENCH_ALL || part == i) ok = bench_shapes_of(&b, i, n_steps);
     if (b.json) printf("]}\n");
     return close_session(&s, ok ? 0 : fail(&s, MFT_ERR_OUT_OF_MEMORY));
 }
@@ -2434,8 +2436,9 @@ static const command commands[] = {
       "  settings and samples come from run.jsonl.about.json, which finetune --log run.jsonl writes\n", run_report },
     { "bench", "kernels, ops and training steps, measured beside the machine's peak", "PATH model full batch-size seq-len max-steps" COMMON,
       "  mft bench                                   everything; GPT-2 124M, Gemma-3-270M and Qwen2.5-0.5B with random weights\n"
-      "  mft bench kernels --kernels avx2            one part of it: kernels, ops or steps\n"
-      "  mft bench --model DIR --batch-size 4        training steps of a model of yours\n", run_bench }
+      "  mft bench kernels --kernels avx2            one part of it: kernels, ops, steps, decode or threads\n"
+      "  mft bench --model DIR --batch-size 4        training steps of a model of yours\n"
+      "  mft bench decode --model DIR                tokens of it, held as they are, as q8_0 and as q4_0\n", run_bench }
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
