@@ -557,6 +557,8 @@ struct mft_context {
     int           recomputing;              /* its second run: nobody will read the result itself   */
     int           result_unread;            /* nor what linear and add make just now                */
     void        (*drop_pages)(const char *p, uint64_t bytes);   /* of mapped weights behind each use, see mft__passed; NULL: they stay */
+    mft_tensor   *spare_grads;              /* that no parameter has just now, chained by their grad: see mft__grad_release */
+    int           updating;                 /* weights of this step have been updated: it is ended, not cancelled */
     mft_status    step_status;              /* the step's first failure, and its sentence           */
     char          step_error[1024];
 
@@ -608,7 +610,7 @@ static void mft__log(mft_context *ctx, mft_log_level level, const char *format, 
 MFT__UNUSED static int mft__cancelled(const mft_context *ctx)
 {
     int on = __atomic_load_n(&ctx->cancel, __ATOMIC_RELAXED);
-    return on == 1 || (on && !ctx->in_step);
+    return (on == 1 && !ctx->updating) || (on && !ctx->in_step);
 }
 
 MFT_API void mft_cancel(mft_context *ctx, int on)
@@ -2731,6 +2733,36 @@ static mft_tensor *mft__grad_struct(mft_context *ctx, const mft_tensor *t, void 
 
 static size_t mft__grad_bytes(const mft_tensor *t) { return (size_t)mft_tensor_numel(t) * sizeof(float); }
 
+/* A parameter's gradient is used up: the next parameter of this size, in this step or another, takes its memory. */
+MFT__UNUSED static void mft__grad_release(mft_context *ctx, mft_tensor *t)
+{
+    mft_tensor *g = t->grad;
+    if (!g) return;
+    g->grad = ctx->spare_grads; ctx->spare_grads = g;
+    t->grad = NULL; mft__of(t)->grad_written = 0;
+}
+
+/* A released gradient with t's size and t's shape, or NULL. */
+static mft_tensor *mft__grad_spare(mft_context *ctx, const mft_tensor *t)
+{
+    mft_tensor **at = &ctx->spare_grads, *g;
+    while ((g = *at) != NULL && mft_tensor_numel(g) != mft_tensor_numel(t)) at = &g->grad;
+    if (!g) return NULL;
+    *at = g->grad; g->grad = NULL;
+    g->ndim = t->ndim;
+    memcpy(g->shape, t->shape, sizeof g->shape);
+    return g;
+}
+
+MFT__UNUSED static void mft__grad_spares_free(mft_context *ctx)
+{
+    mft_tensor *g;
+    while ((g = ctx->spare_grads) != NULL) {
+        ctx->spare_grads = g->grad; g->grad = NULL;
+        mft_tensor_destroy(ctx, g);
+    }
+}
+
 /* Where d loss / d t goes: t's layout, f32. *add: it holds numbers to add to; else the caller writes
  * every element. NULL with the step failed when memory is out. */
 static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
@@ -2760,7 +2792,8 @@ static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
             void *data = mft__high(ctx, mft__grad_bytes(t));
             if (data) t->grad = mft__grad_struct(ctx, t, data);
         } else {
-            t->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, t->ndim, t->shape, NULL);
+            t->grad = mft__grad_spare(ctx, t);
+            if (!t->grad) t->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, t->ndim, t->shape, NULL);
             if (t->grad) {
                 memcpy(t->grad->stride, t->stride, sizeof t->stride);
                 t->grad->name = t->name;
@@ -4419,6 +4452,15 @@ MFT_API mft_tensor *mft_mse_loss(mft_context *ctx, mft_tensor *x, mft_tensor *y)
  * MARK: - [BACKWARD] The walk, checkpoints
  * ============================================================================== */
 
+typedef void (*mft__undone_fn)(mft_context *ctx, void *user, int which);
+
+static void mft__undone_backward(mft_context *ctx, mft__record *r)
+{
+    mft__undone_fn fn;
+    memcpy(&fn, &r->p[0], sizeof fn);
+    if (MFT__RUNS(ctx)) fn(ctx, (void *)(uintptr_t)r->p[1], (int)r->i[0]);
+}
+
 /* Undoes all of ctx->tape, latest first, giving memory back as it goes. */
 static void mft__walk(mft_context *ctx)
 {
@@ -4427,7 +4469,7 @@ static void mft__walk(mft_context *ctx)
         if (ctx->step_status == MFT_OK && mft__cancelled(ctx))
             mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
         /* a result nothing was derived from has no gradient: its record is dropped unread */
-        if (r->y->grad && ctx->step_status == MFT_OK) r->backward(ctx, r);
+        if ((r->y->grad || r->backward == mft__undone_backward) && ctx->step_status == MFT_OK) r->backward(ctx, r);
         ctx->tape = r->before;
         mft__grad_drop(ctx, r->y);
         mft__of(r->y)->consumed = 1;
@@ -4446,6 +4488,20 @@ static mft_tensor *mft__alias(mft_context *ctx, mft_tensor *x)
     memcpy(t->shape, x->shape, sizeof t->shape);
     memcpy(t->stride, x->stride, sizeof t->stride);
     return t;
+}
+
+/* x again. When the backward pass comes by, all ops recorded after this one have been undone, and the gradients of
+ * parameters that only those read are complete: fn is told. */
+MFT__UNUSED static mft_tensor *mft__when_undone(mft_context *ctx, mft_tensor *x, mft__undone_fn fn, void *user, int which)
+{
+    mft__mark    mark = mft__low_mark(ctx);
+    mft__record *r;
+    mft_tensor  *y;
+    if (!mft__wants_grad(ctx, x)) return x;
+    if (!(y = mft__alias(ctx, x)) || !(r = mft__record_op(ctx, mark, y, mft__undone_backward, x, NULL, NULL))) return NULL;
+    memcpy(&r->p[0], &fn, sizeof fn);
+    r->p[1] = user; r->i[0] = which;
+    return y;
 }
 
 static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)

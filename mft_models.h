@@ -463,6 +463,7 @@ typedef struct mft_trainer_desc {
     int64_t total_steps;                    /* where the schedule ends; needed unless constant [0]   */
     int    micro_batch, grad_accum;         /* sequences; passes per step                   [1] [1]  */
     int    decay_all;                       /* full fine-tuning: weight decay also on biases and norms [false] */
+    int    update_in_backward;              /* full fine-tuning: see below                  [false]  */
     int    pause_ms;                        /* rest after each step: heat, battery          [0]      */
     int    max_nonfinite;                   /* windows in a row whose loss or gradient is not finite that
                                                mft_trainer_run passes over, with a warning, before it fails [0] */
@@ -483,6 +484,16 @@ typedef struct mft_trainer_desc {
     int  (*on_gradients)(void *user, mft_tensor **params, int n_params, int64_t *n_valid);
     void  *user;
 } mft_trainer_desc;
+
+/* update_in_backward: in a window's last pass a parameter is updated the moment its gradient is complete, block by block
+ * from the last to the first, and the next block's gradients take the memory: they are never all there. Embeddings come
+ * last, with a tied head's part in them. Without clipping the weights are those of the usual way, bit for bit.
+ *   clipping   by the norm of the window before, as this window's is known too late; a run's first window is not clipped.
+ *              Checkpoints keep that norm. progress's grad_norm is the window's own.
+ *   passes     where a window takes several (grad_accum, or a batch that the plan splits), all gradients stay until the
+ *              last: right, but nothing is saved
+ *   fails      NOT_FINITE names the first gradient that was not; what was complete before it has been updated, the rest
+ *              has not. A cancellation waits for the step's end once an update was made. on_gradients cannot be had. */
 
 /* What a run has come to. */
 typedef struct mft_trainer_info {
@@ -9912,6 +9923,8 @@ struct mft_model {
     float           *inv_freq, *inv_freq_local;                                      /* [head_dim/2] */
     int              n_recomputed;          /* blocks, from the lowest trainable one on, that are checkpointed; negative: all */
     int64_t          mlp_rows;              /* tokens whose MLP a checkpointed block computes at a time */
+    mft__undone_fn   on_undone;             /* or NULL: told in the backward pass that a block is undone, n_layer: final norm and head */
+    void            *on_undone_user;
     mft__adapter    *adapters[MFT__MAX_ADAPTERS];
     int              n_adapters, active;    /* active -1: the base alone                             */
 };
@@ -10603,6 +10616,7 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
     }
     for (layer = 0; layer < m->config.n_layer && x; layer++) {
         mft__block_call *call = (mft__block_call *)mft__meta(ctx, sizeof *call);
+        if (m->on_undone && !(x = mft__when_undone(ctx, x, m->on_undone, m->on_undone_user, layer))) return NULL;
         if (!call) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
         if (mft__cancelled(ctx)) return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
         call->m = m; call->in = in; call->layer = layer; call->cache = cache;
@@ -10611,6 +10625,7 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
         if (trains && ctx->grad_enabled) n_trained++;
         x = n_trained && m->n_recomputed >= 0 && n_trained > m->n_recomputed ? mft__block(ctx, x, call) : mft_checkpoint(ctx, mft__block, x, call);
     }
+    if (x && m->on_undone) x = mft__when_undone(ctx, x, m->on_undone, m->on_undone_user, layer);
     return x ? mft__norm(m, m->final_norm_w, m->final_norm_b, x) : NULL;
 }
 
@@ -11740,6 +11755,7 @@ struct mft_trainer {
     mft_optimizer  *opt;
     mft_tensor    **params;
     int             n_params;
+    struct mft__early *early;               /* desc.update_in_backward, or NULL                       */
     int64_t         warmup;                 /* steps */
     int64_t         step, target;           /* done; where mft_trainer_run will end, 0: not known    */
     int             planned_batch, planned_seq;     /* what the arena holds in one piece             */
@@ -11757,6 +11773,15 @@ struct mft_trainer {
     uint64_t        base_hash, tokenizer_hash;      /* made when first needed, see [CHECKPOINT]       */
     int             identified;
 };
+
+/* Updates in the middle of the backward pass: see mft_trainer_desc. */
+typedef struct mft__early_part { int level; double squares; } mft__early_part;    /* level: what mft__when_undone tells; -1: at the end */
+typedef struct mft__early {
+    mft__early_part *parts;                 /* of each parameter; squares: of its gradient in this window */
+    double           last_norm;             /* of the window before; 0: there was none               */
+    double           learning_rate, scale;  /* of this window: 1 / labels, and the clipping          */
+    int              begun;                 /* the last pass of the window                           */
+} mft__early;
 
 static double mft__now(void)                                    /* seconds, for differences */
 {
@@ -11920,6 +11945,11 @@ static void mft__trainer_destroy_object(void *self)
     mft_context *ctx = tr->ctx;
     mft__object_remove(&tr->object);
     mft_optimizer_destroy(tr->opt);
+    if (tr->early) {
+        mft__grad_spares_free(ctx);
+        mft__free(ctx, tr->early->parts, (size_t)tr->n_params * sizeof *tr->early->parts);
+        mft__free(ctx, tr->early, sizeof *tr->early);
+    }
     mft__strfree(ctx, tr->save_dir);
     mft__free(ctx, tr->params, (size_t)tr->n_params * sizeof *tr->params);
     mft__free(ctx, tr, sizeof *tr);
@@ -11941,6 +11971,109 @@ static mft_status mft__check_max_id(const mft_model *m, const mft_dataset *data)
     if (!data || data->info.max_id < m->config.vocab_size) return MFT_OK;
     return mft__fail(m->ctx, MFT_ERR_INVALID_ARGUMENT, "the data has token id %ld, the model a vocabulary of %lld: they are not of one tokenizer",
                      (long)data->info.max_id, (long long)m->config.vocab_size);
+}
+
+/* ---- updates in the middle of the backward pass ---- */
+
+/* Of the step that is being made. */
+static double mft__learning_rate(const mft_trainer *tr)
+{
+    return mft_schedule(tr->desc.schedule, tr->desc.learning_rate, tr->desc.learning_rate_min, tr->warmup, tr->desc.total_steps, tr->step);
+}
+
+/* Which mft__when_undone says that a parameter's gradient is complete. */
+static int mft__early_level(const mft_model *m, const mft_tensor *t)
+{
+    int layer, k;
+    if (t == m->final_norm_w->t || (m->final_norm_b && t == m->final_norm_b->t) || (t == m->head->t && m->head != m->embedding)) return m->config.n_layer;
+    for (layer = 0; layer < m->config.n_layer; layer++)
+        for (k = 0; k < MFT__N_MODULES; k++) {
+            const mft__module_weights *w = mft__module_at(m, layer, k);
+            if ((w->w && w->w->t == t) || (w->b && w->b->t == t)) return layer;
+        }
+    return -1;
+}
+
+static mft_status mft__early_create(mft_trainer *tr)
+{
+    int i;
+    if (!tr->model->desc.train_all)  return mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "update_in_backward is for full fine-tuning: an adapter's gradients are small");
+    if (tr->desc.on_gradients)       return mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "update_in_backward and on_gradients cannot be had together: gradients are never all there");
+    if (!(tr->early = (mft__early *)mft__alloc_zero(tr->ctx, sizeof *tr->early))) return MFT_ERR_OUT_OF_MEMORY;
+    tr->early->parts = (mft__early_part *)mft__alloc_zero(tr->ctx, (size_t)tr->n_params * sizeof *tr->early->parts);
+    if (!tr->early->parts) return MFT_ERR_OUT_OF_MEMORY;
+    for (i = 0; i < tr->n_params; i++) tr->early->parts[i].level = mft__early_level(tr->model, tr->params[i]);
+    return MFT_OK;
+}
+
+/* Updates the parameters of one level, whose gradients are complete, and releases those. After a gradient that is not
+ * finite nothing more is updated. */
+static void mft__early_update(mft_context *ctx, void *user, int level)
+{
+    mft_trainer *tr = (mft_trainer *)user;
+    mft__early  *e = tr->early;
+    mft_status   s;
+    int          i;
+    for (i = 0; i < tr->n_params && ctx->step_status == MFT_OK; i++) {
+        mft_tensor *t = tr->params[i];
+        if (e->parts[i].level != level || !t->grad) continue;
+        e->parts[i].squares = mft__grad_squares(ctx, t);
+        if (!(sqrt(e->parts[i].squares) <= 3.4e38)) {
+            mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_NOT_FINITE, "the gradient of %.200s is not finite: what lies above it has been updated, the rest has not", t->name ? t->name : "a parameter"));
+            return;
+        }
+        if (!ctx->updating) { mft__optimizer_begin(tr->opt); ctx->updating = 1; }
+        if ((s = mft__optimizer_update(tr->opt, i, e->learning_rate, e->scale)) != MFT_OK) mft__op_failed(ctx, s);
+        mft__grad_release(ctx, t);
+    }
+}
+
+/* The last pass of a window of so many labels begins. */
+static void mft__early_begin(mft_trainer *tr, int64_t n_valid)
+{
+    mft__early *e = tr->early;
+    int         i;
+    for (i = 0; i < tr->n_params; i++) e->parts[i].squares = 0;
+    e->learning_rate = mft__learning_rate(tr); e->begun = 1;
+    e->scale = (e->last_norm > 0 ? mft__clip(tr->opt, e->last_norm) : 1) / (double)n_valid;
+    tr->model->on_undone = mft__early_update; tr->model->on_undone_user = tr;
+}
+
+/* What no level's end has updated, and the window's norm. */
+static mft_status mft__early_finish(mft_trainer *tr, int64_t n_valid, double *out_norm)
+{
+    mft_context *ctx = tr->ctx;
+    mft__early  *e = tr->early;
+    double       total = 0;
+    int          i;
+    if (!e->begun) mft__early_begin(tr, n_valid);               /* the last pass had no label */
+    for (i = -1; i <= tr->model->config.n_layer; i++) mft__early_update(ctx, tr, i);
+    if (ctx->step_status != MFT_OK) { mft_status s = ctx->step_status; mft_step_reset(ctx); return s; }
+    for (i = 0; i < tr->n_params; i++) total += e->parts[i].squares;
+    *out_norm = e->last_norm = sqrt(total) / (double)n_valid;
+    return MFT_OK;
+}
+
+/* Bytes of gradients that are there at a time: of each size, as many as one level has, and a tied head's all along. */
+static size_t mft__early_gradients(const mft_trainer *tr)
+{
+    const mft__early_part *parts = tr->early->parts;
+    const mft_model       *m = tr->model;
+    size_t bytes = 0;
+    int    i, k, level;
+    for (i = 0; i < tr->n_params; i++) {
+        int64_t n = mft_tensor_numel(tr->params[i]);
+        int     most = 0, tied = m->head == m->embedding && mft_tensor_numel(m->head->t) == n;
+        for (k = 0; k < i && mft_tensor_numel(tr->params[k]) != n; k++) {}
+        if (k < i) continue;                                    /* this size has been counted */
+        for (level = -1; level <= m->config.n_layer; level++) {
+            int count = level >= 0 && tied;
+            for (k = i; k < tr->n_params; k++) count += parts[k].level == level && mft_tensor_numel(tr->params[k]) == n;
+            if (count > most) most = count;
+        }
+        bytes += (size_t)most * mft_dtype_bytes(MFT_F32, n);
+    }
+    return bytes;
 }
 
 MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const mft_trainer_desc *desc, mft_trainer **out)
@@ -11991,6 +12124,7 @@ MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const
     for (i = 0; i < tr->n_params && !tr->desc.decay_all; i++) no_decay[i] = (unsigned char)mft__is_no_decay(model, tr->params[i]);
     s = mft_optimizer_create(ctx, &tr->desc.optimizer, tr->params, no_decay, tr->n_params, &tr->opt);
     if (s == MFT_OK) mft__object_remove(&tr->opt->object);      /* the trainer's, not the context's */
+    if (s == MFT_OK && tr->desc.update_in_backward) s = mft__early_create(tr);
 fail:
     mft__free(ctx, no_decay, (size_t)tr->n_params);
     if (s != MFT_OK) { if (!tr->params) tr->n_params = 0; mft__trainer_destroy_object(tr); return s; }
@@ -12065,6 +12199,7 @@ static mft_status mft__plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
         out->trainable += mft_dtype_bytes(tr->params[i]->dtype, mft_tensor_numel(tr->params[i]));
         out->gradients += mft_dtype_bytes(MFT_F32, mft_tensor_numel(tr->params[i]));
     }
+    if (tr->early && tr->desc.grad_accum == 1 && batch >= tr->desc.micro_batch) out->gradients = mft__early_gradients(tr);
     out->optimizer = memory.optimizer;
     out->tokenizer = tr->data && tr->data->corpus->tok ? tr->data->corpus->tok->bytes : 0;
     out->data      = memory.now - memory.weights - memory.gradients - memory.optimizer - mft__arena_bytes(ctx) - out->tokenizer;
@@ -12181,10 +12316,10 @@ static mft_status mft__reserve_step(mft_trainer *tr, int batch, int seq)
 }
 
 /* What a window has added up to. */
-typedef struct mft__window { double loss; int64_t n_valid, n_tokens; } mft__window;
+typedef struct mft__window { double loss; int64_t n_valid, n_tokens; int last; } mft__window;      /* last: the micro-batch now taken ends it */
 
 /* Forward and backward of some sequences; the step is over afterwards, gradients stay. */
-static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t stream, mft__window *w)
+static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t stream, int last, mft__window *w)
 {
     mft_context *ctx = tr->ctx;
     mft_tensor  *loss;
@@ -12194,6 +12329,7 @@ static mft_status mft__train_pass(mft_trainer *tr, const mft_batch *b, uint64_t 
     if (!n_valid) return MFT_OK;                                /* nothing to learn from it */
     ctx->step_index = stream;                                   /* what else ran in between draws nothing of ours */
     mft__phase_set(ctx, MFT__FORWARD);
+    if (tr->early && last) mft__early_begin(tr, w->n_valid + n_valid);
     loss  = mft_model_loss(tr->model, b, 1);
     value = mft_tensor_item(loss);
     if (loss && !(fabsf(value) <= 3.4e38f)) {
@@ -12228,7 +12364,7 @@ static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mf
         if (part.attention_mask) part.attention_mask += at;
         if (part.position_ids)   part.position_ids += at;
         if (part.document_ids)   part.document_ids += at;
-        s = mft__train_pass(tr, &part, pass | (uint64_t)i << 40, w);
+        s = mft__train_pass(tr, &part, pass | (uint64_t)i << 40, w->last && i + part.batch == b->batch, w);
     }
     return s;
 }
@@ -12261,13 +12397,13 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
 {
     mft_progress p;
     int64_t      n_valid = w->n_valid;
-    double       lr = mft_schedule(tr->desc.schedule, tr->desc.learning_rate, tr->desc.learning_rate_min, tr->warmup, tr->desc.total_steps, tr->step);
+    double       lr = mft__learning_rate(tr);
     mft_status   s;
     memset(&p, 0, sizeof p);
     if (tr->desc.on_gradients && tr->desc.on_gradients(tr->desc.user, tr->params, tr->n_params, &n_valid))
         return mft__fail(tr->ctx, MFT_ERR_CANCELLED, "cancelled by on_gradients");
     mft__phase_set(tr->ctx, MFT__UPDATE);
-    s = mft__optimizer_step_scaled(tr->opt, lr, 1.0 / (double)n_valid, &p.grad_norm);
+    s = tr->early ? mft__early_finish(tr, n_valid, &p.grad_norm) : mft__optimizer_step_scaled(tr->opt, lr, 1.0 / (double)n_valid, &p.grad_norm);
     mft__phase_set(tr->ctx, MFT__BETWEEN);
     if (s != MFT_OK) return s;
     tr->step++;
@@ -12300,7 +12436,9 @@ static void mft__step_begin(mft_trainer *tr)
 
 static void mft__step_end(mft_trainer *tr)
 {
-    tr->ctx->in_step = 0;
+    tr->ctx->in_step = tr->ctx->updating = 0;
+    tr->model->on_undone = NULL;
+    if (tr->early) tr->early->begun = 0;
     mft__phase_set(tr->ctx, MFT__BETWEEN);
 }
 
@@ -12315,7 +12453,7 @@ MFT_API mft_status mft_trainer_step_batch(mft_trainer *tr, const mft_batch *batc
     passes = tr->passes;
     memset(&w, 0, sizeof w);
     mft__step_begin(tr);
-    for (i = 0; i < n && s == MFT_OK; i++) s = mft__train_micro_batch(tr, &batches[i], &w);
+    for (i = 0; i < n && s == MFT_OK; i++) { w.last = i == n - 1; s = mft__train_micro_batch(tr, &batches[i], &w); }
     if (s == MFT_OK && !w.n_valid) s = mft__fail(tr->ctx, MFT_ERR_INVALID_ARGUMENT, "no label of these batches counts: there is nothing to learn from");
     if (s == MFT_OK) s = mft__finish_window(tr, &w, began, out);
     mft__step_end(tr);
@@ -12342,6 +12480,7 @@ MFT_API mft_status mft_trainer_step(mft_trainer *tr, mft_progress *out)
         for (i = 0; i < tr->desc.grad_accum && s == MFT_OK; i++) {
             mft_batch b;
             s = mft_dataset_next(tr->data, tr->desc.micro_batch, &b);
+            w.last = i == tr->desc.grad_accum - 1;
             if (s == MFT_OK) s = mft__train_micro_batch(tr, &b, &w);
         }
         if (s == MFT_OK && !w.n_valid && ++tries > mft_dataset_epoch_batches(tr->data, tr->desc.micro_batch))
@@ -12478,7 +12617,7 @@ static int mft__checkpoint_files(const mft_trainer *tr, const char *names[3])
 
 /* A number of the run that a resumed one should have as well, by its name. */
 typedef struct mft__setting { const char *name; double value; } mft__setting;
-enum { MFT__N_SETTINGS = 15 };
+enum { MFT__N_SETTINGS = 16 };
 
 static void mft__trainer_settings(const mft_trainer *tr, mft__setting out[MFT__N_SETTINGS])
 {
@@ -12489,7 +12628,7 @@ static void mft__trainer_settings(const mft_trainer *tr, mft__setting out[MFT__N
         { "weight_decay", o->weight_decay }, { "max_grad_norm", o->max_grad_norm }, { "learning_rate", d->learning_rate },
         { "learning_rate_min", d->learning_rate_min }, { "schedule", (double)d->schedule }, { "warmup_steps", (double)tr->warmup },
         { "total_steps", (double)d->total_steps }, { "micro_batch", (double)d->micro_batch }, { "grad_accum", (double)d->grad_accum },
-        { "decay_all", (double)d->decay_all }
+        { "decay_all", (double)d->decay_all }, { "update_in_backward", d->update_in_backward != 0 }
     };
     memcpy(out, all, sizeof all);
 }
@@ -12589,6 +12728,11 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__json_write_key(&w, "eval_tokens");    mft__json_write_integer(&w, tr->info.eval.n_tokens);
     mft__json_write_key(&w, "n_skipped");      mft__json_write_integer(&w, tr->info.n_skipped);
     mft__json_write_key(&w, "nonfinite_in_row"); mft__json_write_integer(&w, tr->nonfinite_in_row);
+    if (tr->early) {                                            /* whole, as it goes into the next window's clipping */
+        uint64_t norm_bits;
+        memcpy(&norm_bits, &tr->early->last_norm, sizeof norm_bits);
+        mft__json_write_hex(&w, "last_grad_norm", norm_bits);
+    }
     mft__json_write_key(&w, "kernels");        mft__json_write_string(&w, mft_kernels_name(ctx), -1);
     mft__json_write_key(&w, "precision");      mft__json_write_string(&w, ctx->precision == MFT_PRECISION_BF16 ? "bf16" : "f32", -1);
     mft__json_write_key(&w, "settings");
@@ -13017,6 +13161,10 @@ static mft_status mft__resume_state(const mft__resume *r)
     tr->nonfinite_in_row   = (int)mft_json_integer(mft_json_get(r->state, "nonfinite_in_row"), 0);
     tr->info.stopped_early = tr->desc.early_stopping_patience && tr->evals_since_best >= tr->desc.early_stopping_patience;
     tr->ctx->seed = mft__json_hex(mft_json_get(r->state, "seed"));
+    if (tr->early) {
+        uint64_t norm_bits = mft__json_hex(mft_json_get(r->state, "last_grad_norm"));
+        memcpy(&tr->early->last_norm, &norm_bits, sizeof norm_bits);
+    }
     return MFT_OK;
 }
 

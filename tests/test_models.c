@@ -1219,8 +1219,9 @@ static mft_context *ledger_context(ledger *l, int threads)
 /* The plan is what then happens; fifty steps take no more than two; all is given back. */
 static void test_plan_and_memory(void)
 {
-    static const struct { const char *fixture; int full, checkpointing; } ways[] = {
-        { "gpt2", 0, 0 }, { "gpt2", 1, 0 }, { "gemma3", 0, 0 }, { "gemma3", 0, 1 }, { "gemma3", 1, 1 }, { "qwen2_bf16", 0, 0 }, { "llama", 1, 0 }
+    static const struct { const char *fixture; int full, checkpointing, early, optim; } ways[] = {
+        { "gpt2", 0, 0, 0, 0 }, { "gpt2", 1, 0, 0, 0 }, { "gemma3", 0, 0, 0, 0 }, { "gemma3", 0, 1, 0, 0 }, { "gemma3", 1, 1, 0, 0 }, { "qwen2_bf16", 0, 0, 0, 0 }, { "llama", 1, 0, 0, 0 },
+        { "gpt2", 1, 0, 1, 0 }, { "gemma3", 1, 1, 1, MFT_ADAMW8BIT }, { "qwen2_untied", 1, 0, 1, MFT_SGD }
     };
     size_t w;
     for (w = 0; w < sizeof ways / sizeof *ways; w++) {
@@ -1228,6 +1229,7 @@ static void test_plan_and_memory(void)
         mft_context     *ctx = ledger_context(l, 2);
         mft_model       *m = load_from(ctx, golden_dir(ways[w].fixture), ways[w].full, ways[w].checkpointing);
         mft_trainer     *tr;
+        mft_trainer_desc td;
         mft_plan         plan;
         mft_memory_report r;
         mft_batch        b;
@@ -1237,7 +1239,9 @@ static void test_plan_and_memory(void)
         random_ids(ids, 48, (int32_t)m->config.vocab_size, 2);
         for (i = 0; i < 48; i++) documents[i] = i / 5;
         if (!ways[w].full) attach_way(m, 1, NULL);
-        tr = trainer_of(m, NULL, NULL);
+        memset(&td, 0, sizeof td);
+        td.update_in_backward = ways[w].early; td.optimizer.kind = (mft_optimizer_kind)ways[w].optim; td.micro_batch = 3;
+        tr = trainer_of(m, NULL, &td);
         CHECK_MSG(mft_trainer_plan(tr, 3, 16, &plan) == MFT_OK, "%s", mft_error_message(ctx));
         b = batch_of(ids, 3, 16);
         b.document_ids = documents;
@@ -1265,6 +1269,7 @@ static void test_plan_and_memory(void)
 /* Load, adapter, two steps, generation, save, merge, save: with every allocation failing once. */
 static mft_status whole_life(ledger *l, int way)
 {
+    mft_trainer_desc td;
     mft_context *ctx = ledger_context(l, 1);
     mft_model   *m = NULL;
     mft_trainer *tr = NULL;
@@ -1283,10 +1288,12 @@ static mft_status whole_life(ledger *l, int way)
     memset(&gd, 0, sizeof gd);
     md.train_all = way == 1; md.grad_checkpointing = way == 2;
     ld.rank = 2; ld.use_dora = way == 2; ld.targets = way == 2 ? "all-linear" : NULL;
+    memset(&td, 0, sizeof td);
     gd.max_new_tokens = 4; gd.temperature = 1; gd.top_p = 0.9f;
     if ((s = mft_model_load(ctx, golden_dir(way == 1 ? "qwen2_sharded" : "gpt2_f16"), &md, &m)) != MFT_OK) goto done;
     if (!md.train_all && (s = mft_lora_attach(m, &ld)) != MFT_OK) goto done;
-    if ((s = mft_trainer_create(m, NULL, NULL, &tr)) != MFT_OK) goto done;
+    td.update_in_backward = md.train_all; td.optimizer.kind = md.train_all ? MFT_ADAMW8BIT : MFT_ADAMW; td.micro_batch = 2;
+    if ((s = mft_trainer_create(m, NULL, &td, &tr)) != MFT_OK) goto done;
     random_ids(ids, 20, (int32_t)m->config.vocab_size, 2);
     b = batch_of(ids, 2, 7);
     if ((s = mft_trainer_step_batch(tr, &b, 1, NULL)) != MFT_OK) goto done;
@@ -1616,6 +1623,124 @@ static void test_process_memory(void)
     CHECK(peak + (1 << 20) >= now);         /* the kernel counts pages in batches: a few may be late */
 }
 
+/* ---- updates in the middle of the backward pass ---- */
+
+typedef struct early_way { const char *fixture; int checkpointing, optim, accum; double clip; } early_way;
+typedef struct early_run { mft_context *ctx; mft_model *m; mft_trainer *tr; double norm; int64_t at; } early_run;
+
+/* Clips as update_in_backward does, by the norm of the window before, from outside. */
+static int lagging_clip(void *user, mft_tensor **params, int n, int64_t *n_valid)
+{
+    early_run *r = (early_run *)user;
+    double     before = r->norm, squares = 0;
+    int64_t    k;
+    int        i;
+    for (i = 0; i < n; i++) for (k = 0; k < mft_tensor_numel(params[i]); k++) squares += (double)((float *)params[i]->grad->data)[k] * ((float *)params[i]->grad->data)[k];
+    r->norm = sqrt(squares) / (double)*n_valid;
+    for (i = 0; before > 0.5 && i < n; i++) for (k = 0; k < mft_tensor_numel(params[i]); k++) ((float *)params[i]->grad->data)[k] *= (float)(0.5 / (before + 1e-6));
+    return 0;
+}
+
+static void early_open(early_run *r, const early_way *w, int early, int threads)
+{
+    mft_context_desc cd;
+    mft_trainer_desc td;
+    memset(&cd, 0, sizeof cd); memset(&td, 0, sizeof td);
+    cd.n_threads = threads;
+    r->ctx = NULL; r->norm = 0; r->at = 0;
+    CHECK(mft_context_create(&cd, &r->ctx) == MFT_OK);
+    r->m = load_from(r->ctx, golden_dir(w->fixture), 1, w->checkpointing);
+    td.learning_rate = 1e-2; td.optimizer.weight_decay = 0.1; td.optimizer.kind = (mft_optimizer_kind)w->optim; td.optimizer.max_grad_norm = early && w->clip > 0 ? w->clip : -1;
+    td.micro_batch = 3; td.grad_accum = w->accum; td.update_in_backward = early; td.user = r;
+    if (!early && w->clip > 0) td.on_gradients = lagging_clip;
+    r->tr = trainer_of(r->m, NULL, &td);
+}
+
+static void early_steps(early_run *r, const early_way *w, int n)
+{
+    for (; n > 0; n--) {
+        int32_t      ids[2][3 * 14];
+        mft_batch    b[2];
+        mft_progress p;
+        int          k;
+        for (k = 0; k < 2; k++) { random_ids(ids[k], 3 * 14, (int32_t)r->m->config.vocab_size, (uint32_t)(100 + 2 * r->at + k)); b[k] = batch_of(ids[k], 3, 14); }
+        r->at++;
+        CHECK_MSG(mft_trainer_step_batch(r->tr, b, w->accum, &p) == MFT_OK, "%s", mft_error_message(r->ctx));
+        CHECK(p.grad_norm > 0 && p.grad_norm < 1e3);
+    }
+}
+
+/* Biggest difference of two models' weights; 0: the same bits. */
+static double early_gap(early_run *a, early_run *b)
+{
+    double worst = 0;
+    int    i;
+    for (i = 0; i < a->m->n_params; i++) {
+        const float *x = (const float *)a->m->params[i].t->data, *y = (const float *)b->m->params[i].t->data;
+        int64_t      k;
+        for (k = 0; k < mft_tensor_numel(a->m->params[i].t); k++) if (!(fabs((double)x[k] - (double)y[k]) <= worst)) worst = fabs((double)x[k] - (double)y[k]);
+    }
+    return worst;
+}
+
+static void test_update_in_backward(void)
+{
+    static const early_way ways[] = {
+        { "gpt2", 0, MFT_ADAMW, 1, -1 }, { "gemma3", 1, MFT_ADAMW, 1, -1 }, { "qwen2_untied", 0, MFT_ADAMW8BIT, 1, -1 }, { "llama", 1, MFT_SGD, 2, -1 },
+        { "qwen2", 1, MFT_SGD, 1, 0.5 }
+    };
+    size_t w;
+    for (w = 0; w < sizeof ways / sizeof *ways; w++) {
+        early_run all, early, saved;
+        double    gap;
+        early_open(&all, &ways[w], 0, 2); early_open(&early, &ways[w], 1, 1);
+        early_steps(&all, &ways[w], 5); early_steps(&early, &ways[w], 3);
+        if (ways[w].clip > 0) {                                 /* resumed, it clips as it would have */
+            CHECK_MSG(mft_trainer_save(early.tr, in_room("early")) == MFT_OK, "%s", mft_error_message(early.ctx));
+            early_open(&saved, &ways[w], 1, 2);
+            CHECK_MSG(mft_trainer_resume(saved.tr, in_room("early")) == MFT_OK, "%s", mft_error_message(saved.ctx));
+            saved.at = early.at;
+            early_steps(&saved, &ways[w], 2);
+        }
+        early_steps(&early, &ways[w], 2);
+        if (ways[w].clip > 0) { CHECK(early_gap(&saved, &early) == 0); mft_context_destroy(saved.ctx); remove_dir(in_room("early")); }
+        gap = early_gap(&all, &early);
+        /* clipped, gradients are rounded once more. Clipped by another window's norm: 1e-3 */
+        CHECK_MSG(ways[w].clip > 0 ? gap < 2e-6 && early.norm == 0 && all.norm > 0.5 : gap == 0, "%s, way %d: weights are %g apart", ways[w].fixture, (int)w, gap);
+        if (ways[w].accum == 1) {
+            mft_memory_report a, b;
+            mft_memory(all.ctx, &a); mft_memory(early.ctx, &b);
+            CHECK(b.gradients < a.gradients);
+        }
+        mft_context_destroy(all.ctx); mft_context_destroy(early.ctx);
+    }
+}
+
+/* What cannot be: an adapter, on_gradients. A cancellation before any update leaves all as it was. */
+static void test_update_in_backward_refusals(void)
+{
+    static const early_way way = { "llama", 0, MFT_ADAMW, 1, -1 };
+    mft_trainer_desc td;
+    mft_trainer     *tr = NULL;
+    early_run        r;
+    mft_model       *m;
+    memset(&td, 0, sizeof td);
+    td.update_in_backward = 1;
+    early_open(&r, &way, 1, 1);
+    mft_cancel(r.ctx, 1);
+    { int32_t ids[14]; mft_batch b; random_ids(ids, 14, 20, 1); b = batch_of(ids, 1, 14); CHECK(mft_trainer_step_batch(r.tr, &b, 1, NULL) == MFT_ERR_CANCELLED); }
+    mft_cancel(r.ctx, 0);
+    early_steps(&r, &way, 1);
+    mft_trainer_destroy(r.tr);
+    td.on_gradients = lagging_clip;
+    CHECK(mft_trainer_create(r.m, NULL, &td, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "on_gradients"));
+    m = load_from(r.ctx, golden_dir("llama"), 0, 0);
+    attach_way(m, 1, NULL);
+    td.on_gradients = NULL;
+    CHECK(mft_trainer_create(m, NULL, &td, &tr) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(r.ctx), "full fine-tuning"));
+    mft_context_destroy(r.ctx);
+}
+
 int main(void)
 {
     if (!room_make("models")) return 1;
@@ -1644,6 +1769,8 @@ int main(void)
     TEST(test_start_from_adapter);
     TEST(test_patterns);
     TEST(test_plan_and_memory);
+    TEST(test_update_in_backward);
+    TEST(test_update_in_backward_refusals);
     TEST(test_every_allocation_fails);
     TEST(test_greedy);
     TEST(test_generation_ends);

@@ -32,7 +32,7 @@ typedef struct options {
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
-    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, json, ignore_eos;
+    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, update_in_backward, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
     double  eval_split;
     const char *split, *subject, *choices, *system, *name, *sample_prompt;
@@ -90,6 +90,7 @@ static const flag flags[] = {
     { "weight-decay",       NUMBER,  AT(weight_decay),       0, 1e9, "X",  "decoupled weight decay                                       [0]" },
     { "max-grad-norm",      NUMBER,  AT(max_grad_norm),      0, 1e30, "X", "clip gradients to this 2-norm; 0: no clipping                [1]" },
     { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw, adamw8bit (2 bytes of state a number, not 8) or sgd   [adamw]" },
+    { "update-in-backward", SWITCH,  AT(update_in_backward), 0, 0, NULL, "--full: update each block when its gradients are complete; they are never all in memory; clips by the norm of the step before" },
     { "seed",               INTEGER, AT(seed),               0, 9007199254740992.0, "N", "of all that is random                                        [0]" },
     { "assistant-loss-only", SWITCH, AT(assistant_loss_only), 0, 0, NULL,  "insist on chat data: learn assistant turns only" },
     { "train-on-prompt",    SWITCH,  AT(train_on_prompt),    0, 0, NULL,   "learn prompts and user turns as well" },
@@ -875,7 +876,7 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
     int schedule = choice("lr-scheduler", o->lr_scheduler, schedules), optimizer = choice("optim", o->optim, optimizers);
     if (schedule < 0 || optimizer < 0) return 0;
     memset(t, 0, sizeof *t);
-    t->optimizer.kind = (mft_optimizer_kind)optimizer;
+    t->optimizer.kind = (mft_optimizer_kind)optimizer; t->update_in_backward = o->update_in_backward;
     t->optimizer.weight_decay = o->weight_decay;
     t->optimizer.max_grad_norm = o->max_grad_norm == 0 ? -1 : o->max_grad_norm;
     t->learning_rate = o->lr >= 0 ? o->lr : o->full ? 2e-5 : 2e-4;
@@ -2402,7 +2403,7 @@ done:
 static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
-      "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim seed assistant-loss-only train-on-prompt "
+      "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward seed assistant-loss-only train-on-prompt "
       "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
       "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
