@@ -751,7 +751,7 @@ static void report_draw_traces(report_page *p, const report_run *runs, int n_run
     report_grid(p, &ax, &ay);
     report_put(p, "<svg viewBox='0 0 1000 1000' preserveAspectRatio=none role=img aria-labelledby='trace-title trace-about'><title id=trace-title>Resident memory over time</title>"
                   "<desc id=trace-about>Highest %s MB. The table of phases beside it has the peaks.</desc>\n", report_value(g.hi).s);
-    for (r = 0; r < n_runs; r++) if (runs[r].n_trace) report_path(p, "trace", r, "", "line", &ax, &ay, runs[r].trace_s, runs[r].trace_mb, runs[r].n_trace, 1, 0, 0);
+    for (r = 0; r < n_runs; r++) if (runs[r].n_trace) report_path(p, "trace", r, "", "line fine", &ax, &ay, runs[r].trace_s, runs[r].trace_mb, runs[r].n_trace, 1, 0, 0);
     report_put(p, "</svg><div class=cursor hidden></div></div><p class=axis aria-hidden=true>seconds</p></figure>\n");
 
     report_put(p, "<figure class=chart id=phases><figcaption><h3>Memory by phase</h3> <span class=unit>MB resident</span></figcaption><div class=scroll tabindex=0 role=region aria-label='Table: memory by phase'>"
@@ -863,7 +863,7 @@ static void report_saying(report_page *p, const char *what, const mft_json *node
     size_t      n = 0;
     const char *s = mft_json_string(node, &n);
     if (!s) return;
-    report_put(p, "<div class='saying %s'><h4>%s</h4><pre dir=auto>", classes, what);
+    report_put(p, "<div class='saying %s'><h3>%s</h3><pre dir=auto>", classes, what);
     report_text(p, s, n);
     report_put(p, "%s</pre></div>", n ? "" : "<em>(nothing)</em>");
 }
@@ -1008,7 +1008,7 @@ static const char *const report_style[] = {
     "h1 { font-size: clamp(1.5rem, 4vw, 2.1rem); line-height: 1.2; letter-spacing: -0.015em; margin: 2rem 0 0.25rem; }",
     "h2 { font-size: 1.25rem; letter-spacing: -0.01em; margin: 2.75rem 0 0.75rem; }",
     "h3 { font-size: 1rem; margin: 0; display: inline; }",
-    "h4 { font-size: 0.8rem; font-weight: 600; color: var(--soft); margin: 0 0 0.3rem; }",
+    ".saying h3 { display: block; font-size: 0.8rem; font-weight: 600; color: var(--soft); margin: 0 0 0.3rem; }",
     ".by, .note, .unit, .axis, small { color: var(--soft); font-size: 0.85rem; }",
     ".by { margin: 0; } .note { margin: 0.35rem 0 0; max-width: 46rem; }",
     ".lead { font-size: 1.1rem; max-width: 46rem; margin: 0 0 1rem; text-wrap: pretty; }",
@@ -1040,6 +1040,7 @@ static const char *const report_style[] = {
     ".values { list-style: none; margin: 0.3rem 0 0.9rem; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.4rem; font-size: 0.9rem; }",
     ".values b { display: inline-block; min-width: 3.2rem; } .who { color: var(--soft); margin-right: 0.3rem; } .values .held { margin-left: 0.8rem; }",
     ".plot { position: relative; height: 15rem; margin: 0 0.4rem 0 3.4rem; touch-action: pan-y; cursor: crosshair; }",
+    ".plot::before { content: ''; position: absolute; inset: 0 -0.5rem; }     /* the edges can be pointed at */",
     ".plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; pointer-events: none; }",
     ".grid span { position: absolute; } .grid i { position: absolute; font-style: normal; font-size: 0.75rem; line-height: 1rem; color: var(--soft); white-space: nowrap; }",
     ".grid .y { left: 0; right: 0; border-top: 1px solid var(--hair); } .grid .y i { right: calc(100% + 0.5rem); top: -0.53rem; }",
@@ -1048,6 +1049,7 @@ static const char *const report_style[] = {
     ".axis { margin: 1.6rem 0.4rem 0 0; text-align: right; line-height: 1rem; font-size: 0.75rem; }",
     "path { fill: none; stroke: var(--c, var(--c0)); stroke-width: 1.75; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round; }",
     ".raw { stroke-width: 1; opacity: 0.3; } .smooth { stroke-width: 2.25; } .held { stroke-width: 1.25; stroke-dasharray: 3 4; } .dot { stroke-width: 7; stroke-dasharray: none; } .bad { stroke: var(--bad); stroke-width: 6; }",
+    ".line.fine { stroke-width: 1; opacity: 0.85; }",
     ".cursor { position: absolute; top: 0; bottom: 0; border-left: 1px solid var(--ink); opacity: 0.55; pointer-events: none; }",
     "",
     "details { margin-top: 0.6rem; } summary { cursor: pointer; color: var(--soft); font-size: 0.85rem; padding: 0.3rem 0; }",
@@ -1055,8 +1057,8 @@ static const char *const report_style[] = {
     "table { border-collapse: collapse; width: 100%; font-size: 0.9rem; } caption { text-align: left; color: var(--soft); font-size: 0.85rem; padding: 0.3rem 0; }",
     "th, td { text-align: left; padding: 0.38rem 1rem 0.38rem 0; border-bottom: 1px solid var(--hair); vertical-align: top; } thead th { color: var(--soft); font-weight: 600; border-bottom-color: var(--rule); vertical-align: bottom; }",
     "tbody th { font-weight: 500; } .number { text-align: right; white-space: nowrap; } .none { color: var(--soft); }",
-    "td { min-width: 4.5rem; } table { overflow-wrap: break-word; } td:not(.number) { overflow-wrap: anywhere; } tbody th { min-width: 6rem; }",
-    ".bars .bar { width: 45%; min-width: 6rem; padding-right: 0; } .bar span { display: block; height: 0.7rem; margin-top: 0.35rem; border-radius: 2px; background: var(--c, var(--c0)); min-width: 2px; }",
+    "td:not(.number, .bar) { min-width: 6.5rem; } .bars td:not(.bar) { min-width: 0; } th:has(.swatch) { white-space: nowrap; } table { overflow-wrap: break-word; } td:not(.number) { overflow-wrap: anywhere; } tbody th { min-width: 6rem; }",
+    ".bars .bar { width: 45%; min-width: 2.5rem; padding-right: 0; } .bar span { display: block; height: 0.7rem; margin-top: 0.35rem; border-radius: 2px; background: var(--c, var(--c0)); min-width: 2px; }",
     "",
     ".sample { border: 1px solid var(--rule); border-radius: 0.6rem; background: var(--card); padding: 0.9rem 1rem; margin: 0.9rem 0; }",
     ".pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0.9rem; } .saying { margin: 0 0 0.7rem; min-width: 0; } .pair .saying { margin: 0.3rem 0 0; }",
