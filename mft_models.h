@@ -11746,6 +11746,18 @@ MFT_API mft_status mft_lora_merge(mft_model *model)
  *   Each micro-batch adds the gradient of the sum of its labels' losses; the optimizer divides by the
  *   window's labels. So the mean is exact however the window is split.
  * ============================================================================== */
+/* Where the time of a run goes: each stretch of it belongs to the step, evaluation or checkpoint at its end, what the
+ * app's callbacks and pauses take included. Asks no clock itself. */
+typedef enum mft__lap_kind { MFT__LAP_STEP, MFT__LAP_EVAL, MFT__LAP_SAVE, MFT__N_LAPS } mft__lap_kind;
+typedef struct mft__pace {
+    double  mark;                           /* when the last stretch ended                           */
+    double  seconds[MFT__N_LAPS];
+    int64_t n[MFT__N_LAPS];
+    double  first_step;                     /* which is slower: counted as long as it is the only one */
+    double  guess[MFT__N_LAPS];             /* of one, while none was measured                       */
+    int64_t n_best;                         /* evaluations that led to a checkpoint, as they were the best */
+} mft__pace;
+
 struct mft_trainer {
     mft__object     object;
     mft_context    *ctx;
@@ -11761,11 +11773,9 @@ struct mft_trainer {
     int             planned_batch, planned_seq;     /* what the arena holds in one piece             */
     int             per_pass;               /* sequences of a micro-batch that go through at a time   */
     uint64_t        passes;                 /* micro-batches of the steps done: the stream of dropout */
-    int64_t         tokens, timed_steps;    /* of this object's steps, for the speed                  */
+    int64_t         tokens;                 /* of this object's steps, for the speed                  */
     double          seconds;
-    double          first_seconds;          /* of the first of them, which is slower                  */
-    double          eval_seconds, save_seconds;     /* of evaluations and checkpoints of this object  */
-    int             n_evals, n_saves;
+    mft__pace       pace;                   /* of its runs                                            */
     char           *save_dir;               /* desc's                                                 */
     int64_t         saved_step;             /* of the latest checkpoint                               */
     mft_trainer_info info;
@@ -12372,24 +12382,53 @@ static mft_status mft__train_micro_batch(mft_trainer *tr, const mft_batch *b, mf
 /* How many of the steps done .. end, end included, are multiples of `every`. */
 static double mft__times(int64_t done, int64_t end, int64_t every) { return every ? (double)(end / every - done / every) : 0; }
 
-/* Seconds to the end of mft_trainer_run: mean steps, and what comes between them. An evaluation that none has timed yet
- * is taken for forward passes, a half of a LoRA step and a third of a full one. */
+static void mft__lap(mft__pace *p, mft__lap_kind kind, double now)
+{
+    double seconds = now - p->mark;
+    p->mark = now;
+    p->seconds[kind] += seconds;
+    if (!p->n[kind]++ && kind == MFT__LAP_STEP) p->first_step = seconds;
+}
+
+static double mft__lap_mean(const mft__pace *p, mft__lap_kind kind)
+{
+    double first = kind == MFT__LAP_STEP && p->n[kind] > 1 ? p->first_step : 0;
+    return p->n[kind] ? (p->seconds[kind] - first) / (double)(p->n[kind] - (first > 0)) : p->guess[kind];
+}
+
+/* Of the evaluations that are left, so many may be the best so far and leave a checkpoint: the share until now, begun
+ * at a half. */
+static double mft__pace_best(const mft__pace *p, double evals) { return evals * ((double)p->n_best + 1) / ((double)p->n[MFT__LAP_EVAL] + 2); }
+
+static double mft__pace_left(const mft__pace *p, double steps, double evals, double saves)
+{
+    return steps * mft__lap_mean(p, MFT__LAP_STEP) + evals * mft__lap_mean(p, MFT__LAP_EVAL) + saves * mft__lap_mean(p, MFT__LAP_SAVE);
+}
+
+/* What is not measured yet. Evaluations are forward passes: a half of a LoRA step's time a token, a third of a full
+ * one's. A checkpoint is 12 bytes a trained weight (itself and two moments in f32) at 500 MB/s. */
+static void mft__pace_guess(mft_trainer *tr)
+{
+    mft_dataset_info info;
+    int64_t          n = 0;
+    int              i;
+    if (tr->desc.eval_data && tr->tokens && mft_dataset_report(tr->desc.eval_data, &info) == MFT_OK)
+        tr->pace.guess[MFT__LAP_EVAL] = tr->seconds / (double)tr->tokens * (double)info.n_tokens / (tr->model->desc.train_all ? 3 : 2);
+    for (i = 0; i < tr->n_params; i++) n += mft_tensor_numel(tr->params[i]);
+    tr->pace.guess[MFT__LAP_SAVE] = (double)n * 12 / 500e6;
+}
+
+/* Seconds to the end of mft_trainer_run, from the end of a step: mean steps, and what comes between them. */
 static double mft__eta(mft_trainer *tr)
 {
     const mft_trainer_desc *d = &tr->desc;
-    double   step = tr->timed_steps > 1 ? (tr->seconds - tr->first_seconds) / (double)(tr->timed_steps - 1) : tr->seconds;
-    double   evals, seconds;
-    if (!tr->target) return -1;
-    seconds = (step + d->pause_ms * 1e-3) * (double)(tr->target - tr->step);
-    evals   = d->eval_data ? mft__times(tr->step, tr->target, d->eval_steps) + (!d->eval_steps || tr->target % d->eval_steps ? 1 : 0) : 0;
-    if (evals > 0 && !tr->n_evals && tr->eval_seconds == 0) {   /* for as long as there is no measurement */
-        mft_dataset_info info;
-        if (mft_dataset_report(d->eval_data, &info) == MFT_OK)
-            tr->eval_seconds = tr->seconds / (double)tr->tokens * (double)info.n_tokens / (tr->model->desc.train_all ? 3 : 2);
-    }
-    seconds += evals * tr->eval_seconds / (tr->n_evals ? tr->n_evals : 1);
-    if (tr->n_saves) seconds += mft__times(tr->step, tr->target, d->save_steps) * tr->save_seconds / tr->n_saves;
-    return seconds > 0 ? seconds : 0;
+    double evals, saves;
+    if (tr->step > tr->target) return -1;                       /* no run is going on */
+    if (!tr->pace.n[MFT__LAP_EVAL] || !tr->pace.n[MFT__LAP_SAVE]) mft__pace_guess(tr);
+    evals = d->eval_data ? mft__times(tr->step - 1, tr->target, d->eval_steps) + (!d->eval_steps || tr->target % d->eval_steps ? 1 : 0) : 0;
+    saves = tr->save_dir ? mft__times(tr->step - 1, tr->target, d->save_steps) : 0;
+    if (tr->save_dir && !(d->save_steps && d->eval_steps && d->eval_steps % d->save_steps == 0)) saves += mft__pace_best(&tr->pace, evals);
+    return mft__pace_left(&tr->pace, (double)(tr->target - tr->step), evals, saves);
 }
 
 /* The update of a window, and the report on it. */
@@ -12410,8 +12449,8 @@ static mft_status mft__finish_window(mft_trainer *tr, const mft__window *w, doub
     p.step = tr->step; p.loss = w->loss / (double)w->n_valid; p.learning_rate = lr;
     p.n_tokens = w->n_tokens; p.n_valid = w->n_valid;
     p.seconds = mft__now() - began;
-    tr->tokens += w->n_tokens; tr->seconds += p.seconds; tr->timed_steps++;
-    if (tr->timed_steps == 1) tr->first_seconds = p.seconds;
+    tr->tokens += w->n_tokens; tr->seconds += p.seconds;
+    mft__lap(&tr->pace, MFT__LAP_STEP, mft__now());
     p.tokens_per_second = tr->seconds > 0 ? (double)tr->tokens / tr->seconds : 0;
     p.eta_seconds = mft__eta(tr);
     if (tr->data) {
@@ -12522,7 +12561,8 @@ static mft_status mft__skip_window(mft_trainer *tr)
     memset(&p, 0, sizeof p);
     p.step = tr->step; p.loss = p.grad_norm = (double)NAN;
     p.learning_rate = mft_schedule(tr->desc.schedule, tr->desc.learning_rate, tr->desc.learning_rate_min, tr->warmup, tr->desc.total_steps, tr->step - 1);
-    p.eta_seconds = -1;
+    mft__lap(&tr->pace, MFT__LAP_STEP, mft__now());
+    p.eta_seconds = mft__eta(tr);
     mft_process_memory(&p.resident_bytes, NULL);
     mft_memory(tr->ctx, &p.memory);
     if (tr->desc.on_step) tr->desc.on_step(tr->desc.user, &p);
@@ -12548,12 +12588,10 @@ static mft_status mft__run_evaluation(mft_trainer *tr)
 {
     mft_trainer_info *info = &tr->info;
     mft_eval          e;
-    double            began = mft__now();
     mft_status        s = mft_trainer_evaluate(tr, tr->desc.eval_data, 0, &e);
     int               best;
     if (s != MFT_OK) return s;
-    if (!tr->n_evals) tr->eval_seconds = 0;                     /* an estimate until now */
-    tr->eval_seconds += mft__now() - began; tr->n_evals++;
+    mft__lap(&tr->pace, MFT__LAP_EVAL, mft__now());
     best = !info->best_step || e.loss < info->best_loss;
     info->eval = e; info->eval_step = tr->step;
     tr->evals_since_best = best ? 0 : tr->evals_since_best + 1;
@@ -12572,9 +12610,9 @@ static mft_status mft__between_steps(mft_trainer *tr, int64_t end)
     if (d->eval_data && tr->info.eval_step != tr->step && (tr->step == end || (d->eval_steps && tr->step % d->eval_steps == 0))) s = mft__run_evaluation(tr);
     if (s == MFT_OK && tr->save_dir && tr->saved_step != tr->step
         && ((d->save_steps && tr->step % d->save_steps == 0) || (d->eval_data && tr->info.best_step == tr->step))) {
-        double began = mft__now();
+        tr->pace.n_best += !(d->save_steps && tr->step % d->save_steps == 0);
         s = mft_trainer_save(tr, NULL);
-        tr->save_seconds += mft__now() - began; tr->n_saves++;
+        mft__lap(&tr->pace, MFT__LAP_SAVE, mft__now());
     }
     return s;
 }
@@ -12587,6 +12625,7 @@ MFT_API mft_status mft_trainer_run(mft_trainer *tr, int64_t n_steps)
     int64_t    end;
     if (!tr) return MFT_ERR_INVALID_ARGUMENT;
     end = tr->target = tr->step + n_steps;
+    tr->pace.mark = mft__now();
     s = mft__between_steps(tr, end);
     while (s == MFT_OK && tr->step < end && !tr->info.stopped_early) {
         s = mft__run_step(tr);

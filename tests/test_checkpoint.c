@@ -651,22 +651,66 @@ static void test_not_finite(void)
     close_run(&r);
 }
 
-/* The time that is left, from measured times put in by hand: no clock is asked. */
+/* The time that is left, from times put in by hand: no clock is asked. */
 static void test_eta(void)
 {
     recipe k;
     run    r;
+    mft__pace *p;
+    double     save;
     memset(&k, 0, sizeof k);
     k.eval_rows = 4; k.eval_steps = 10;
     r = open_run(&k);
+    p = &r.tr->pace;
     r.tr->target = 105; r.tr->step = 5;
-    r.tr->timed_steps = 5; r.tr->first_seconds = 9; r.tr->seconds = 9 + 4 * 2.0; r.tr->tokens = 170;
+    p->n[MFT__LAP_STEP] = 5; p->first_step = 9; p->seconds[MFT__LAP_STEP] = 9 + 4 * 2.0; r.tr->seconds = 17; r.tr->tokens = 170;
     /* 100 steps of 2 s; evaluations at 10, 20 .. 100 and 105: 48 tokens at 0.1 s each in training, a half of that each */
     CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 2.4)) < 1e-9, "%g", mft__eta(r.tr));
-    r.tr->n_evals = 2; r.tr->eval_seconds = 6;
-    r.tr->n_saves = 1; r.tr->save_seconds = 4; r.tr->desc.save_steps = 50;
-    CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 3 + 2 * 4)) < 1e-9, "%g", mft__eta(r.tr));
+    p->n[MFT__LAP_EVAL] = 2; p->seconds[MFT__LAP_EVAL] = 6;
+    CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 3)) < 1e-9, "%g", mft__eta(r.tr));
+    r.tr->step = 106;
+    CHECK(mft__eta(r.tr) < 0);                                  /* behind its target no run is going on */
     close_run(&r);
+
+    k.save_dir = in_room("eta");                                /* checkpoints at 50 and 100, and of the best evaluations: a guess, then what was measured */
+    r = open_run(&k);
+    p = &r.tr->pace;
+    r.tr->target = 105; r.tr->step = 5; r.tr->desc.save_steps = 50;
+    p->n[MFT__LAP_STEP] = 1; p->first_step = p->seconds[MFT__LAP_STEP] = 2;
+    p->n[MFT__LAP_EVAL] = 2; p->seconds[MFT__LAP_EVAL] = 6; p->n_best = 1;
+    save = mft__eta(r.tr) - (200 + 11 * 3);
+    CHECK_MSG(save > 0 && save < 0.1, "a few thousand weights: %g", save);
+    p->n[MFT__LAP_SAVE] = 1; p->seconds[MFT__LAP_SAVE] = 4;
+    CHECK_MSG(fabs(mft__eta(r.tr) - (200 + 11 * 3 + (2 + 11 * 2.0 / 4) * 4)) < 1e-9, "%g", mft__eta(r.tr));
+    close_run(&r);
+}
+
+/* Whole runs by a made-up clock: once a twentieth is done, what is told to be left is right within a tenth. */
+static void test_eta_of_runs(void)
+{
+    static const struct { int steps, eval_steps, save_steps; double first, eval, save; } runs[] = {
+        { 200, 0, 0, 9, 0, 0 }, { 400, 20, 0, 4, 6, 0 }, { 400, 0, 20, 4, 0, 3 }, { 1000, 50, 25, 30, 20, 8 }, { 2000, 100, 100, 1, 50, 10 }, { 300, 3, 3, 20, 1, 1 } };
+    size_t k;
+    for (k = 0; k < sizeof runs / sizeof *runs; k++) {
+        mft__pace p;
+        double    now = 1e6, told[2048], at[2048];
+        uint32_t  seed = 7;
+        int       step, n = runs[k].steps;
+        memset(&p, 0, sizeof p);
+        p.mark = now;
+        for (step = 1; step <= n; step++) {
+            int eval = runs[k].eval_steps && step % runs[k].eval_steps == 0, save = runs[k].save_steps && step % runs[k].save_steps == 0;
+            now += step == 1 ? runs[k].first : 1 + 0.5 * test_random(&seed);                /* steps of half a second to one and a half */
+            mft__lap(&p, MFT__LAP_STEP, now);
+            told[step] = mft__pace_left(&p, n - step, mft__times(step - 1, n, runs[k].eval_steps), mft__times(step - 1, n, runs[k].save_steps));
+            at[step] = now;
+            if (eval) { now += runs[k].eval * (1 + 0.1 * test_random(&seed)); mft__lap(&p, MFT__LAP_EVAL, now); }
+            if (save) { now += runs[k].save * (1 + 0.1 * test_random(&seed)); mft__lap(&p, MFT__LAP_SAVE, now); }
+        }
+        CHECK(p.n[MFT__LAP_STEP] == n && fabs(p.seconds[MFT__LAP_STEP] + p.seconds[MFT__LAP_EVAL] + p.seconds[MFT__LAP_SAVE] - (now - 1e6)) < 1e-6);
+        for (step = n / 20 + 1; step <= n * 9 / 10; step++)     /* seen: up to 9.7 %; with the first step in the mean: 80 % */
+            CHECK_MSG(fabs(told[step] / (now - at[step]) - 1) < 0.1, "run %d, step %d of %d: %g s told, %g s left", (int)k, step, n, told[step], now - at[step]);
+    }
 }
 
 /* ==== every allocation fails once ==== */
@@ -739,6 +783,7 @@ int main(void)
     TEST(test_greatest_id);
     TEST(test_not_finite);
     TEST(test_eta);
+    TEST(test_eta_of_runs);
     TEST(test_allocations);
     remove_dir(room);
     return test_report("checkpoint");

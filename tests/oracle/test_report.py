@@ -203,7 +203,7 @@ def test_values_under_the_pointer(visit):
     plot = page.locator("#trace .plot")
     plot.scroll_into_view_if_needed()
     box = plot.bounding_box()
-    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 20)
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 20)
     assert abs(value(page, "trace-0") - 22) < 0.1 and page.locator("#at").inner_text() == "400"
 
 
