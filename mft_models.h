@@ -195,10 +195,13 @@ MFT_API const mft_chat_template *mft_tokenizer_chat_template(const struct mft_to
  *             order, once for the whole run); with no_pack exactly one. Each sample keeps to
  *             itself: own positions, own attention, no loss across.
  *   epoch     every row once, in an order of its own, drawn from (seed, epoch) without memory.
- *   memory    24 bytes a sample; lines of JSONL and CSV are read, parsed and encoded again each
- *             time a row needs them, token files are read in place, so neither is held. Plain
- *             text, added samples and JSONL texts longer than a sample are held as ids, 4 bytes
- *             a token.
+ *   index     24 bytes a sample and 8 a row; lines of JSONL and CSV are read, parsed and encoded
+ *             again each time a row needs them, token files are read in place, so neither is in
+ *             it. Plain text, added samples and JSONL texts longer than a sample are in it as
+ *             ids, 4 bytes a token.
+ *   memory    the index; with index_dir, that of a large file is on disk, and what is in memory
+ *             does not depend on the file's size: about 2 MB (checked: tests/test_dataset.c,
+ *             VmHWM of a file and of one ten times as large).
  * ============================================================================== */
 /* The caller's own batch, in Transformers' meaning. All arrays [batch, seq], row-major, borrowed
  * until the backward pass is over; those that may be NULL say so. */
@@ -246,6 +249,12 @@ typedef struct mft_dataset_desc {
     const char *messages_key;               /*                                                     ["messages"] */
     int64_t     vocab_size;                 /* the model's: ids outside 0..vocab_size-1 are an error naming the line
                                                [0 = only negative ids are; see max_id in the report]            */
+    const char *index_dir;                  /* where the index of large files is kept, see mft_dataset_load; made when
+                                               it is needed                            [NULL = all in memory]   */
+    uint64_t    index_above;                /* bytes from which on a file is large; 1: every one        [16 MB] */
+    void      (*on_load)(void *user, uint64_t bytes, uint64_t of);  /* now and then while a file is loaded; may call
+                                                                       mft_cancel                               */
+    void       *user;
 } mft_dataset_desc;
 
 /* What was loaded. */
@@ -262,6 +271,8 @@ typedef struct mft_dataset_info {
     int32_t  max_id;                        /* greatest token id; -1 when there is none                         */
     uint64_t fingerprint;                   /* of all ids, labels and settings that change a batch: equal means
                                                that a position of one run is good in another                    */
+    uint64_t index_bytes;                   /* on disk, in index_dir; 0: in memory                              */
+    int      index_reused;                  /* the last large file was not read: its index was there            */
 } mft_dataset_info;
 
 /* Where a run stands in its data; plain numbers, to be saved with a checkpoint. */
@@ -287,6 +298,10 @@ MFT_API void       mft_dataset_destroy (mft_dataset *ds);
  * MMLU rows become "The following are multiple choice questions (with answers) about SUBJECT.\n\nQUESTION\nA. ..
  * \nAnswer:" and " B". A file may begin with a byte order mark, lines may end in CRLF, blank lines are passed over.
  * The file must not change while the dataset is used: a line that has is an error then.
+ * With desc.index_dir, a file of desc.index_above bytes and more is read once, from end to end, and its index written to
+ * NAME-HASH.samples, .ids and .rows there (of a split, also .kept.* and .held.*). The next dataset with equal settings
+ * finds them and reads nothing, unless the file's length, its time of change or the hash of 64 pieces of it differ:
+ * then they are made anew. They are never removed here; whoever does so loses but the time of one reading.
  * fails  IO; FORMAT naming file, line and column: not UTF-8, not JSON, a key that is missing or empty, another
  *        kind of line than the first, ids outside the vocabulary; INVALID_ARGUMENT: nothing that makes a sample,
  *        text without a tokenizer; UNSUPPORTED: a message that is not text, no chat template */
@@ -7789,7 +7804,8 @@ MFT_API int64_t mft_apply_chat_template(const mft_tokenizer *tok, const mft_mess
  *   out   mft_batch
  *   rule  a sample is a record of 24 bytes that says where its tokens come from. Loading makes
  *         every sample's tokens once, to check and count them, and forgets them; a batch makes
- *         those of its rows again. Nothing else grows with the data.
+ *         those of its rows again. Nothing else grows with the data, and that lies in tables,
+ *         which are in memory or in files and do not care which.
  * ============================================================================== */
 
 /* What a source is made of; for JSONL, what its lines are. */
@@ -7821,12 +7837,22 @@ typedef struct mft__source {
     mft__source_kind kind;
     char      *path;                        /* NULL: MFT__FROM_CALLS                                     */
     uint64_t   bytes;                       /* of the file, when it was loaded                           */
-    int32_t   *ids;                         /* of held samples                                           */
-    size_t     n_ids, cap_ids;
 } mft__source;
 
+/* Records of one size, appended one after the other and read by number. */
+typedef struct mft__table {
+    size_t      size;                       /* bytes of a record                                         */
+    uint64_t    n, n_filed;                 /* records; how many of them, the first, are in the file     */
+    char       *tail;                       /* the others                                                */
+    size_t      cap_tail;                   /* records                                                   */
+    char       *path;                       /* of the file; NULL: there is none                          */
+    mft__file   file;
+    mft__writer writer;                     /* while it is made: all records go there                    */
+    int         writing;
+} mft__table;
+
 typedef struct mft__sample {
-    uint64_t at;                            /* held: index in its source's ids; a line: byte offset; tokens: token offset */
+    uint64_t at;                            /* held: its place in the corpus' ids; a line: byte offset; tokens: token offset */
     uint32_t bytes;                         /* of the line                                               */
     int32_t  n;                             /* tokens                                                    */
     int32_t  n_valid;                       /* labels that count                                         */
@@ -7837,7 +7863,7 @@ typedef struct mft__sample {
     unsigned truncated : 1;
 } mft__sample;
 
-enum { MFT__N_DATA_STRINGS = 6 };
+enum { MFT__N_DATA_STRINGS = 7 };
 
 /* A sample being made, before it is cut. */
 typedef struct mft__document { int32_t *ids, *labels; size_t n, cap_ids, cap_labels; } mft__document;
@@ -7852,10 +7878,12 @@ typedef struct mft__corpus {
     mft_chat_template *chat;                /* of desc; NULL: the tokenizer's                            */
     mft__source     *sources;
     size_t           n_sources, cap_sources;
+    mft__table       ids;                   /* of held samples: int32_t                                  */
     mft__file        file;                  /* one at a time is open: that of source `open`              */
     size_t           open;                  /* n_sources and more: none                                  */
     const char      *where;                 /* what is being read, for messages; NULL: a call's          */
     int64_t          where_line;            /* 0: not known                                              */
+    uint64_t         told;                  /* of the file being loaded, to on_load                      */
     mft__document    doc;
     int              doc_flags;             /* it was encoded with                                       */
     int32_t         *part;                  /* tokens of a part of its text                              */
@@ -7871,12 +7899,13 @@ typedef struct mft__corpus {
 struct mft_dataset {
     mft__object      object;
     mft__corpus     *corpus;
-    mft_dataset_info info;                  /* counted while loading; the sums are made when asked for   */
-    mft__sample     *samples;
-    size_t           n_samples, cap_samples;
-    size_t          *rows;                  /* row r takes order positions rows[r] .. rows[r+1]-1        */
-    size_t           n_rows, cap_rows;
+    mft_dataset_info info;                  /* counted with every sample                                 */
+    uint64_t         n_groups;              /* samples that are not joined to the one before             */
+    mft__table       samples;               /* mft__sample                                               */
+    mft__table       rows;                  /* uint64_t: row r takes order positions rows[r] .. rows[r+1]-1 */
+    uint64_t         n_rows;
     int              packed;                /* rows are those of the samples                             */
+    char            *index;                 /* path of its index files but for their last part; NULL: none */
     int              started;               /* a batch was given: no more splitting                      */
     int64_t          epoch, row;            /* of the next batch                                         */
     int32_t         *batch;                 /* five arrays of [batch, seq]                               */
@@ -7909,6 +7938,169 @@ static uint64_t mft__permute(uint64_t seed, uint64_t stream, uint64_t n, uint64_
     return i;
 }
 
+/* ---- tables: the index, in memory or in files ---- */
+
+enum { MFT__INDEX_HEADER = 256, MFT__INDEX_VERSION = 1, MFT__TABLE_BLOCK = 1024 };
+
+/* What a file of the index begins with; zeros up to MFT__INDEX_HEADER, then n records of `size` bytes. */
+typedef struct mft__index_header {
+    char     magic[8];                      /* "mftindex"                                                */
+    uint64_t version, key;                  /* key: a hash of all that the records come from             */
+    uint64_t n, size;
+    uint64_t fingerprint, n_groups;         /* from here on: of samples only                             */
+    int64_t  n_tokens, n_supervised, longest, n_truncated, n_unsupervised, n_bad_lines, max_id, kind;
+    uint64_t check;                         /* a hash of all above                                       */
+} mft__index_header;
+
+static uint64_t mft__data_mix(uint64_t h, uint64_t x)
+{
+    h = (h ^ x) * 0x9e3779b97f4a7c15u;
+    return h ^ h >> 32;
+}
+
+static uint64_t mft__data_mix_bytes(uint64_t h, const void *bytes, size_t n)
+{
+    const char *p = (const char *)bytes;
+    uint64_t    word;
+    h = mft__data_mix(h, n);
+    for (; n; p += 8, n -= n < 8 ? n : 8) {
+        word = 0;
+        memcpy(&word, p, n < 8 ? n : 8);
+        h = mft__data_mix(h, word);
+    }
+    return h;
+}
+
+static void mft__table_free(mft_context *ctx, mft__table *t)
+{
+    size_t size = t->size;
+    if (t->writing) mft__writer_abort(&t->writer);
+    if (t->path) mft__file_close(&t->file);
+    mft__strfree(ctx, t->path);
+    mft__free(ctx, t->tail, t->cap_tail * size);
+    memset(t, 0, sizeof *t);
+    t->size = size;
+}
+
+static mft_status mft__table_put(mft_context *ctx, mft__table *t, const void *records, size_t n)
+{
+    size_t     have = (size_t)(t->n - t->n_filed);
+    void      *p = t->tail;
+    mft_status s = MFT_OK;
+    if (t->writing) s = mft__writer_put(&t->writer, records, n * t->size);
+    else {
+        if (!mft__grow(ctx, &p, &t->cap_tail, have + n, t->size)) s = MFT_ERR_OUT_OF_MEMORY;
+        t->tail = (char *)p;
+        if (s == MFT_OK && n) memcpy(t->tail + have * t->size, records, n * t->size);
+    }
+    if (s == MFT_OK) t->n += n;
+    return s;
+}
+
+/* Records i to i + n - 1, which there are. Not while it is written. */
+static mft_status mft__table_get(mft__table *t, uint64_t i, size_t n, void *out)
+{
+    size_t     filed = i >= t->n_filed ? 0 : n < t->n_filed - i ? n : (size_t)(t->n_filed - i);
+    mft_status s = filed ? mft__file_read(&t->file, MFT__INDEX_HEADER + i * t->size, out, filed * t->size) : MFT_OK;
+    if (s == MFT_OK && n > filed)
+        memcpy((char *)out + filed * t->size, t->tail + (size_t)(i + filed - t->n_filed) * t->size, (n - filed) * t->size);
+    return s;
+}
+
+/* Keeps the first n records. */
+static void mft__table_cut(mft__table *t, uint64_t n)
+{
+    if (t->writing && n < t->n) mft__writer_seek(&t->writer, MFT__INDEX_HEADER + n * t->size);
+    if (t->n_filed > n) t->n_filed = n;
+    t->n = n;
+}
+
+/* From now on the records of an empty table go to a file, which is there when mft__table_end succeeds. */
+static mft_status mft__table_begin(mft_context *ctx, mft__table *t, const char *path)
+{
+    static const char zeros[MFT__INDEX_HEADER] = { 0 };
+    mft_status        s = mft__writer_begin(ctx, path, &t->writer);
+    t->writing = s == MFT_OK;
+    return s == MFT_OK ? mft__writer_put(&t->writer, zeros, sizeof zeros) : s;
+}
+
+static uint64_t mft__index_check(const mft__index_header *h)
+{
+    return mft__data_mix_bytes(MFT__INDEX_VERSION, h, sizeof *h - sizeof h->check);
+}
+
+/* The file is complete, its key and what else the header says in h; the table reads from it. */
+static mft_status mft__table_end(mft_context *ctx, mft__table *t, mft__index_header *h)
+{
+    char      *path = mft__strdup(ctx, t->writer.path);
+    mft_status s;
+    memcpy(h->magic, "mftindex", sizeof h->magic);
+    h->version = MFT__INDEX_VERSION; h->n = t->n; h->size = t->size;
+    h->check = mft__index_check(h);
+    mft__writer_seek(&t->writer, 0);
+    mft__writer_put(&t->writer, h, sizeof *h);
+    if (!path) return MFT_ERR_OUT_OF_MEMORY;                    /* mft__table_free ends the writing */
+    t->writing = 0;
+    s = mft__writer_commit(&t->writer);
+    if (s == MFT_OK) s = mft__file_open(ctx, path, &t->file);
+    if (s != MFT_OK) { mft__strfree(ctx, path); return s; }
+    t->path = path;
+    t->n_filed = t->n;
+    return MFT_OK;
+}
+
+/* An empty table takes the file of that key. 0: there is none. */
+static int mft__table_find(mft_context *ctx, mft__table *t, const char *path, uint64_t key, mft__index_header *h)
+{
+    if (!mft__file_exists(ctx, path) || !(t->path = mft__strdup(ctx, path))) return 0;
+    if (mft__file_open(ctx, t->path, &t->file) == MFT_OK) {
+        if (t->file.bytes >= MFT__INDEX_HEADER && mft__file_read(&t->file, 0, h, sizeof *h) == MFT_OK
+            && memcmp(h->magic, "mftindex", sizeof h->magic) == 0 && h->version == MFT__INDEX_VERSION && h->key == key
+            && h->size == t->size && h->check == mft__index_check(h) && h->n <= (t->file.bytes - MFT__INDEX_HEADER) / t->size) {
+            t->n = t->n_filed = h->n;
+            return 1;
+        }
+        mft__file_close(&t->file);
+    }
+    mft__strfree(ctx, t->path);
+    t->path = NULL;
+    return 0;
+}
+
+static mft_status mft__table_damaged(mft_context *ctx, const mft__table *t, uint64_t i)
+{
+    return mft__fail(ctx, MFT_ERR_FORMAT, "%s: record %llu cannot be: this file is damaged; remove it, and it is made anew",
+                     mft__path(t->path), (unsigned long long)i);
+}
+
+/* a followed by b; freed with mft__strfree. */
+static char *mft__text_join(mft_context *ctx, const char *a, const char *b)
+{
+    size_t n = strlen(a), m = strlen(b);
+    char  *p = (char *)mft__alloc(ctx, n + m + 1);
+    if (!p) return NULL;
+    memcpy(p, a, n);
+    memcpy(p + n, b, m + 1);
+    return p;
+}
+
+/* mft__table_find and mft__table_begin for the file whose path is base and end. */
+static int mft__index_find(mft_context *ctx, mft__table *t, const char *base, const char *end, uint64_t key, mft__index_header *h)
+{
+    char *path = mft__text_join(ctx, base, end);
+    int   found = path && mft__table_find(ctx, t, path, key, h);
+    mft__strfree(ctx, path);
+    return found;
+}
+
+static mft_status mft__index_begin(mft_context *ctx, mft__table *t, const char *base, const char *end)
+{
+    char      *path = mft__text_join(ctx, base, end);
+    mft_status s = path ? mft__table_begin(ctx, t, path) : MFT_ERR_OUT_OF_MEMORY;
+    mft__strfree(ctx, path);
+    return s;
+}
+
 /* ---- sources ---- */
 static void mft__source_shut(mft__corpus *c)
 {
@@ -7933,9 +8125,7 @@ static void mft__sources_cut(mft__corpus *c, size_t n)
 {
     if (c->open != (size_t)-1 && c->open >= n) mft__source_shut(c);
     while (c->n_sources > n) {
-        mft__source *src = &c->sources[--c->n_sources];
-        mft__free(c->ctx, src->ids, src->cap_ids * sizeof *src->ids);
-        mft__strfree(c->ctx, src->path);
+        mft__strfree(c->ctx, c->sources[--c->n_sources].path);
     }
 }
 
@@ -7946,6 +8136,7 @@ static void mft__corpus_release(mft__corpus *c)
     if (--c->users) return;
     mft__sources_cut(c, 0);
     mft__source_shut(c);
+    mft__table_free(ctx, &c->ids);
     for (i = 0; i < MFT__N_DATA_STRINGS; i++) mft__strfree(ctx, c->strings[i]);
     mft_chat_template_destroy(c->chat);
     mft__chat_text_free(ctx, &c->rendered);
@@ -7979,8 +8170,9 @@ static void mft__dataset_end(void *self)
     mft_dataset *ds  = (mft_dataset *)self;
     mft_context *ctx = ds->corpus->ctx;
     mft__object_remove(&ds->object);
-    mft__free(ctx, ds->samples, ds->cap_samples * sizeof *ds->samples);
-    mft__free(ctx, ds->rows, ds->cap_rows * sizeof *ds->rows);
+    mft__table_free(ctx, &ds->samples);
+    mft__table_free(ctx, &ds->rows);
+    mft__strfree(ctx, ds->index);
     mft__free(ctx, ds->batch, ds->cap_batch * sizeof *ds->batch);
     mft__corpus_release(ds->corpus);
     mft__free(ctx, ds, sizeof *ds);
@@ -7993,6 +8185,8 @@ static mft_dataset *mft__dataset_over(mft__corpus *c)
     if (!ds) return NULL;
     ds->corpus = c;
     ds->info.max_id = -1;
+    ds->samples.size = sizeof(mft__sample);
+    ds->rows.size    = sizeof(uint64_t);
     c->users++;
     mft__object_add(c->ctx, &ds->object, mft__dataset_end);
     return ds;
@@ -8020,7 +8214,7 @@ static mft_status mft__corpus_template(mft__corpus *c)
 
 MFT_API mft_status mft_dataset_create(mft_context *ctx, const mft_tokenizer *tok, const mft_dataset_desc *desc, mft_dataset **out)
 {
-    static const char *const defaults[MFT__N_DATA_STRINGS] = { NULL, "train", "text", "prompt", "completion", "messages" };
+    static const char *const defaults[MFT__N_DATA_STRINGS] = { NULL, "train", "text", "prompt", "completion", "messages", NULL };
     mft__corpus *c;
     mft_dataset *ds = NULL;
     const char **strings[MFT__N_DATA_STRINGS];
@@ -8042,10 +8236,13 @@ MFT_API mft_status mft_dataset_create(mft_context *ctx, const mft_tokenizer *tok
     if (!c) return MFT_ERR_OUT_OF_MEMORY;
     c->ctx = ctx; c->tok = tok; c->open = (size_t)-1;
     if (desc) c->desc = *desc;
+    c->ids.size = sizeof(int32_t);
     if (!c->desc.max_seq_len) c->desc.max_seq_len = 256;
+    if (!c->desc.index_above) c->desc.index_above = (uint64_t)16 << 20;
     if (!c->desc.now) c->desc.now = (int64_t)time(NULL);
     strings[0] = &c->desc.chat_template;  strings[1] = &c->desc.split;          strings[2] = &c->desc.text_key;
     strings[3] = &c->desc.prompt_key;     strings[4] = &c->desc.completion_key; strings[5] = &c->desc.messages_key;
+    strings[6] = &c->desc.index_dir;
     ds = mft__dataset_over(c);
     if (!ds) { mft__free(ctx, c, sizeof *c); return MFT_ERR_OUT_OF_MEMORY; }
     for (i = 0; i < MFT__N_DATA_STRINGS && s == MFT_OK; i++) {
@@ -8082,19 +8279,42 @@ static mft_status mft__data_fail(mft__corpus *c, mft_status status, const char *
     return mft__place_error(c, status);
 }
 
+/* Moves line and column from the place p to the place end. */
+static void mft__data_column(const char *p, const char *end, int64_t *line, int64_t *column)
+{
+    for (; p < end; p++) {
+        if (*p == '\n') { ++*line; *column = 1; }
+        else *column += ((unsigned char)*p & 0xc0) != 0x80;     /* characters, not bytes */
+    }
+}
+
+static mft_status mft__data_not_utf8(mft__corpus *c, int64_t line, int64_t column, char bad)
+{
+    c->where_line = 0;
+    return mft__data_fail(c, MFT_ERR_FORMAT, "line %lld, column %lld: not UTF-8: byte 0x%02x%s", (long long)line, (long long)column,
+                          (unsigned)(unsigned char)bad, bad ? "" : " (is this a file of token ids? say so by its format)");
+}
+
 /* Bytes that are not UTF-8 are named by line and column; `line` is the first line of text. */
 static mft_status mft__data_utf8(mft__corpus *c, const char *text, size_t bytes, int64_t line)
 {
-    const char *bad = mft__utf8_check(text, bytes), *p;
+    const char *bad = mft__utf8_check(text, bytes);
     int64_t     column = 1;
     if (!bad) return MFT_OK;
-    for (p = text; p < bad; p++) {
-        if (*p == '\n') { line++; column = 1; }
-        else column += ((unsigned char)*p & 0xc0) != 0x80;      /* characters, not bytes */
+    mft__data_column(text, bad, &line, &column);
+    return mft__data_not_utf8(c, line, column, *bad);
+}
+
+/* Says how far a file is loaded. Nonzero: it is cancelled, the sentence is set. */
+static int mft__data_loading(mft__corpus *c, uint64_t at)
+{
+    if (c->desc.on_load && at - c->told >= (uint64_t)1 << 20) {
+        c->told = at;
+        c->desc.on_load(c->desc.user, at, c->file.bytes);
     }
-    c->where_line = 0;
-    return mft__data_fail(c, MFT_ERR_FORMAT, "line %lld, column %lld: not UTF-8: byte 0x%02x%s", (long long)line, (long long)column,
-                          (unsigned)(unsigned char)*bad, *bad ? "" : " (is this a file of token ids? say so by its format)");
+    if (!mft__cancelled(c->ctx)) return 0;
+    mft__fail(c->ctx, MFT_ERR_CANCELLED, "cancelled");
+    return 1;
 }
 
 /* ---- documents: a sample before it is cut ---- */
@@ -8560,10 +8780,14 @@ static mft_status mft__record_document(mft__corpus *c, mft__source *src, const c
     return n_prompt ? mft__doc_completion(c, n_prompt) : MFT_OK;
 }
 
-static uint64_t mft__data_mix(uint64_t h, uint64_t x)
+/* Counts a sample in. */
+static void mft__sample_count(mft_dataset_info *info, uint64_t *n_groups, const mft__sample *s)
 {
-    h = (h ^ x) * 0x9e3779b97f4a7c15u;
-    return h ^ h >> 32;
+    info->n_tokens       += s->n;
+    info->n_supervised   += s->n_valid;
+    info->n_truncated    += s->truncated;
+    info->n_unsupervised += !s->n_valid;
+    *n_groups            += !s->joined;
 }
 
 /* Checks and counts n tokens and appends their record, `s` with n and n_valid filled in. labels NULL: the ids. */
@@ -8571,10 +8795,9 @@ static mft_status mft__sample_add(mft_dataset *ds, mft__sample s, const int32_t 
 {
     mft__corpus *c = ds->corpus;
     int64_t      vocab = c->desc.vocab_size ? c->desc.vocab_size : (int64_t)INT32_MAX + 1;
-    void        *p = ds->samples;
     uint64_t     h = mft__data_mix(ds->info.fingerprint, n);
     size_t       i;
-    int          ok;
+    mft_status   status;
 
     s.n = (int32_t)n; s.n_valid = 0;
     for (i = 0; i < n; i++) {
@@ -8586,32 +8809,25 @@ static mft_status mft__sample_add(mft_dataset *ds, mft__sample s, const int32_t 
         if (i && label != -100) s.n_valid++;
         h = mft__data_mix(h, (uint64_t)(uint32_t)ids[i] << 32 | (uint32_t)label);
     }
-    ok = mft__grow(c->ctx, &p, &ds->cap_samples, ds->n_samples + 1, sizeof s);
-    ds->samples = (mft__sample *)p;
-    if (!ok) return MFT_ERR_OUT_OF_MEMORY;
-    ds->samples[ds->n_samples++] = s;
+    status = mft__table_put(c->ctx, &ds->samples, &s, 1);
+    if (status != MFT_OK) return status;
+    mft__sample_count(&ds->info, &ds->n_groups, &s);
     ds->info.fingerprint = h;
     ds->packed = 0;
     return MFT_OK;
 }
 
-/* The same, and its ids and, where they differ, labels stay in memory. */
+/* The same, and its ids and, where they differ, labels go to the corpus' ids. */
 static mft_status mft__sample_hold(mft_dataset *ds, mft__sample s, const int32_t *ids, const int32_t *labels, size_t n)
 {
     mft__corpus *c = ds->corpus;
-    mft__source *src = &c->sources[s.source];
-    void        *p = src->ids;
-    int          ok;
+    mft_status   status;
     s.held    = 1;
     s.labeled = n > 1 && memcmp(ids + 1, labels + 1, (n - 1) * sizeof *ids) != 0;
-    s.at      = src->n_ids;
-    ok = mft__grow(c->ctx, &p, &src->cap_ids, src->n_ids + (s.labeled ? 2 * n : n), sizeof *ids);
-    src->ids = (int32_t *)p;
-    if (!ok) return MFT_ERR_OUT_OF_MEMORY;
-    memcpy(src->ids + src->n_ids, ids, n * sizeof *ids);
-    if (s.labeled) memcpy(src->ids + src->n_ids + n, labels, n * sizeof *ids);
-    src->n_ids += s.labeled ? 2 * n : n;
-    return mft__sample_add(ds, s, ids, labels, n);
+    s.at      = c->ids.n;
+    status = mft__table_put(c->ctx, &c->ids, ids, n);
+    if (status == MFT_OK && s.labeled) status = mft__table_put(c->ctx, &c->ids, labels, n);
+    return status == MFT_OK ? mft__sample_add(ds, s, ids, labels, n) : status;
 }
 
 /* Makes samples of c->doc. `s` says where it is from; goes_on: what does not fit goes on in the next sample, else
@@ -8644,14 +8860,13 @@ static mft_status mft__document_add(mft_dataset *ds, mft__sample s, int goes_on)
 }
 
 /* What a failed load is undone to. */
-typedef struct mft__dataset_mark { size_t n_samples, n_sources, n_ids; mft_dataset_info info; } mft__dataset_mark;
+typedef struct mft__dataset_mark { uint64_t n_samples, n_ids, n_groups; size_t n_sources; mft_dataset_info info; } mft__dataset_mark;
 
 static mft__dataset_mark mft__dataset_remember(const mft_dataset *ds)
 {
     mft__dataset_mark m;
-    const mft__corpus *c = ds->corpus;
-    m.n_samples = ds->n_samples; m.n_sources = c->n_sources;
-    m.n_ids = c->n_sources ? c->sources[c->n_sources - 1].n_ids : 0;
+    m.n_samples = ds->samples.n; m.n_ids = ds->corpus->ids.n; m.n_groups = ds->n_groups;
+    m.n_sources = ds->corpus->n_sources;
     m.info = ds->info;
     return m;
 }
@@ -8659,9 +8874,11 @@ static mft__dataset_mark mft__dataset_remember(const mft_dataset *ds)
 static void mft__dataset_undo(mft_dataset *ds, const mft__dataset_mark *m)
 {
     mft__sources_cut(ds->corpus, m->n_sources);
-    if (m->n_sources) ds->corpus->sources[m->n_sources - 1].n_ids = m->n_ids;
-    ds->n_samples = m->n_samples;
+    mft__table_cut(&ds->corpus->ids, m->n_ids);
+    mft__table_cut(&ds->samples, m->n_samples);
+    ds->n_groups = m->n_groups;
     ds->info = m->info;
+    ds->packed = 0;
 }
 
 /* ---- loading ---- */
@@ -8823,7 +9040,7 @@ static mft_status mft__load_lines(mft_dataset *ds, size_t source)
         mft__sample       sample;
         int               part = 0, parts = 1;
 
-        if (mft__cancelled(c->ctx)) return mft__fail(c->ctx, MFT_ERR_CANCELLED, "cancelled");
+        if (mft__data_loading(c, r.at + r.begin)) return MFT_ERR_CANCELLED;
         c->where_line = r.next_line;
         s = mft__reader_next(c, &r, &text, &bytes, &at);
         if (s != MFT_OK) return s;
@@ -8859,7 +9076,7 @@ static mft_status mft__load_tokens(mft_dataset *ds, size_t source)
     sample.source = (unsigned)source & 0xfffffffu;
     for (at = 0; at < n; at += block) {
         size_t part = n - at < block ? (size_t)(n - at) : block, len;
-        if (mft__cancelled(c->ctx)) return mft__fail(c->ctx, MFT_ERR_CANCELLED, "cancelled");
+        if (mft__data_loading(c, at * 4)) return MFT_ERR_CANCELLED;
         s = mft__file_read(&c->file, at * 4, c->doc.ids, part * 4);
         for (i = 0; i < part && s == MFT_OK; i += len) {
             len = part - i < max ? part - i : (size_t)max;
@@ -8873,56 +9090,191 @@ static mft_status mft__load_tokens(mft_dataset *ds, size_t source)
     return MFT_OK;
 }
 
-/* A whole file is one text: its pieces are samples. The ids are encoded to where they stay. */
+/* ---- plain text: a file is one text, of whatever length ----
+ *
+ * It is encoded in parts of MFT__TEXT_PART bytes with MFT__TEXT_AROUND more on either side, of which only the part's own
+ * tokens are taken. A part ends where a token does, at a place where the encoding of its surroundings alone gives the
+ * tokens that the whole part gave: so the joined parts are the encoding of the whole. */
+enum { MFT__TEXT_PART = 1 << 17, MFT__TEXT_AROUND = 2048, MFT__TEXT_MOST = 1 << 27 };
+
+typedef struct mft__text_part {
+    size_t   begin;                         /* of c->text [0, n_text): where the part begins; before it, what was given */
+    uint64_t at;                            /* file offset of what is read next                          */
+    size_t   checked;                       /* bytes of c->text that are UTF-8                           */
+    int64_t  line, column;                  /* of the first that is not checked                          */
+    int32_t *ids, *begins;                  /* tokens, and where in c->text each begins                  */
+    size_t   n, cap_ids, cap_begins;
+} mft__text_part;
+
+/* Reads on until c->text has `want` bytes or the file has ended. CRLF becomes LF, as when Python reads a text file. */
+static mft_status mft__text_fill(mft__corpus *c, mft__text_part *t, size_t want)
+{
+    while (c->n_text < want && t->at < c->file.bytes) {
+        uint64_t    left = c->file.bytes - t->at;
+        size_t      part = want - c->n_text + 2, i, k = c->n_text;
+        void       *p = c->text;
+        int         ok;
+        const char *bad;
+        mft_status  s;
+        if (part > left) part = (size_t)left;
+        ok = mft__grow(c->ctx, &p, &c->cap_text, c->n_text + part, 1);
+        c->text = (char *)p;
+        if (!ok) return MFT_ERR_OUT_OF_MEMORY;
+        s = mft__file_read(&c->file, t->at, c->text + k, part);
+        if (s != MFT_OK) return s;
+        if (part < left && part > 1 && c->text[k + part - 1] == '\r') part--;           /* is it CRLF? read it again with what follows */
+        i = t->at == 0 && part >= 3 && memcmp(c->text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+        for (t->at += part, part += c->n_text, i += c->n_text; i < part; i++)
+            if (c->text[i] != '\r' || i + 1 == part || c->text[i + 1] != '\n') c->text[k++] = c->text[i];
+        c->n_text = k;
+        bad = mft__utf8_check(c->text + t->checked, k - t->checked);
+        if (bad && t->at < c->file.bytes && c->text + k - bad < 4) k = (size_t)(bad - c->text);        /* a character that goes on */
+        else if (bad) {
+            mft__data_column(c->text + t->checked, bad, &t->line, &t->column);
+            return mft__data_not_utf8(c, t->line, t->column, *bad);
+        }
+        mft__data_column(c->text + t->checked, c->text + k, &t->line, &t->column);
+        t->checked = k;
+    }
+    return MFT_OK;
+}
+
+/* The tokens of c->text [from, to), without any around the text, each with its beginning in c->text. */
+static mft_status mft__text_encode(mft__corpus *c, size_t from, size_t to, mft__text_part *t)
+{
+    size_t  i;
+    int64_t n, need = (int64_t)((to - from) / 2) + 16;
+    for (;;) {
+        void *p = t->ids, *q = t->begins;
+        int   ok = mft__grow(c->ctx, &p, &t->cap_ids, (size_t)need, sizeof *t->ids);
+        t->ids = (int32_t *)p;
+        if (ok) ok = mft__grow(c->ctx, &q, &t->cap_begins, (size_t)need, sizeof *t->begins);
+        t->begins = (int32_t *)q;
+        if (!ok) return MFT_ERR_OUT_OF_MEMORY;
+        n = mft__encode_begins(c->tok, c->text + from, (int64_t)(to - from), MFT_NO_ADD_SPECIAL, t->ids, t->begins, need);
+        if (n < 0) return mft__place_error(c, (mft_status)n);
+        if (n <= need) break;
+        need = n;
+    }
+    t->n = (size_t)n;
+    for (i = 0; i < t->n; i++) t->begins[i] += (int32_t)from;
+    return MFT_OK;
+}
+
+static size_t mft__text_boundary(const char *text, size_t at) { while (at && ((unsigned char)text[at] & 0xc0) == 0x80) at--; return at; }
+
+/* The first token that begins at `at` or later. */
+static size_t mft__text_token(const mft__text_part *t, size_t at)
+{
+    size_t low = 0, high = t->n, mid;
+    while (low < high) {
+        mid = low + (high - low) / 2;
+        if ((size_t)t->begins[mid] < at) low = mid + 1; else high = mid;
+    }
+    return low;
+}
+
+/* Where the part can end: *out is the number of its tokens before the cut, *out_found whether there is one. `spare` is
+ * for the encodings of surroundings. The text goes on for MFT__TEXT_AROUND behind every place that is tried. */
+static mft_status mft__text_cut(mft__corpus *c, const mft__text_part *t, mft__text_part *spare, size_t *out, int *out_found)
+{
+    enum { HALF = MFT__TEXT_AROUND / 2, TRIES = 32 };
+    size_t     k = mft__text_token(t, t->checked - MFT__TEXT_AROUND), at, a, b, i, j;
+    int        tries;
+    mft_status s;
+    *out_found = 0;
+    if (k == t->n && k) k--;
+    for (tries = 0; tries < TRIES && k > 0; tries++, k -= k < 100 ? k : 99) {
+        at = (size_t)t->begins[k];
+        if (at < t->begin + MFT__TEXT_AROUND) break;
+        if (t->checked - at < HALF) continue;
+        if ((size_t)t->begins[k - 1] == at || ((unsigned char)c->text[at] & 0xc0) == 0x80) continue;    /* inside a character */
+        b = mft__text_boundary(c->text, at + MFT__TEXT_AROUND < t->checked ? at + MFT__TEXT_AROUND : t->checked);
+        s = mft__text_encode(c, mft__text_boundary(c->text, at - MFT__TEXT_AROUND), b, spare);
+        if (s != MFT_OK) return s;
+        for (a = at - HALF, b = at + HALF, i = mft__text_token(t, a), j = mft__text_token(spare, a);
+             i < t->n && j < spare->n && (size_t)t->begins[i] < b && t->begins[i] == spare->begins[j] && t->ids[i] == spare->ids[j]; i++, j++) {}
+        if (i > k && (i == t->n || (size_t)t->begins[i] >= b) && (j == spare->n || (size_t)spare->begins[j] >= b)) {
+            *out = k; *out_found = 1;
+            return MFT_OK;
+        }
+    }
+    return MFT_OK;
+}
+
+/* Makes samples of all whole pieces in c->doc, and at the end of what is left; the rest stays. */
+static mft_status mft__text_pieces(mft_dataset *ds, mft__sample sample, int ended)
+{
+    mft__document *d = &ds->corpus->doc;
+    size_t         max = (size_t)ds->corpus->desc.max_seq_len, at = 0, n;
+    mft_status     s = MFT_OK;
+    for (; s == MFT_OK && d->n - at > (ended ? 1 : max - 1); at += n) {                /* a last token alone: nothing to predict */
+        n = d->n - at < max ? d->n - at : max;
+        s = mft__sample_hold(ds, sample, d->ids + at, d->ids + at, n);
+        if ((int64_t)n > ds->info.longest) ds->info.longest = (int64_t)n;
+    }
+    if (at) memmove(d->ids, d->ids + at, (d->n - at) * sizeof *d->ids);
+    d->n -= at;
+    return s;
+}
+
+static mft_status mft__doc_append(mft__corpus *c, const int32_t *ids, size_t n)
+{
+    if (!mft__doc_room(c, c->doc.n + n)) return MFT_ERR_OUT_OF_MEMORY;
+    if (n) memcpy(c->doc.ids + c->doc.n, ids, n * sizeof *ids);
+    c->doc.n += n;
+    return MFT_OK;
+}
+
 static mft_status mft__load_text(mft_dataset *ds, size_t source)
 {
-    mft__corpus *c = ds->corpus;
-    mft__source *src = &c->sources[source];
-    char        *text = NULL, *p;
-    size_t       got = 0, bytes, i, k = 0, max = (size_t)c->desc.max_seq_len;
-    int64_t      n = 0;
-    mft__sample  sample;
-    mft_status   s;
+    mft__corpus   *c = ds->corpus;
+    mft__text_part t, spare;
+    mft__sample    sample;
+    size_t         part = MFT__TEXT_PART, first, past, keep;
+    int            found, ended = 0;
+    mft_status     s;
 
     if (!c->tok) return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "text needs a tokenizer, and this dataset was made without one");
-    s = mft__file_read_all(c->ctx, src->path, (size_t)1 << 30, &text, &got);
-    if (s != MFT_OK) return s;
-    p = text; bytes = got;
-    if (bytes >= 3 && memcmp(p, "\xef\xbb\xbf", 3) == 0) { p += 3; bytes -= 3; }
-    s = mft__data_utf8(c, p, bytes, 1);
-    if (s != MFT_OK) goto done;
-    for (i = 0; i < bytes; i++)                                 /* CRLF becomes LF, as when Python reads a text file */
-        if (p[i] != '\r' || i + 1 == bytes || p[i + 1] != '\n') p[k++] = p[i];
-    bytes = k;
-
-    src->cap_ids = bytes / 4 + 64;                              /* fits English; else once more, exactly */
-    for (;;) {
-        src->ids = (int32_t *)mft__alloc(c->ctx, src->cap_ids * sizeof *src->ids);
-        if (!src->ids) { src->cap_ids = 0; s = MFT_ERR_OUT_OF_MEMORY; goto done; }
-        n = mft_tokenizer_encode(c->tok, p, (int64_t)bytes, 0, src->ids, (int64_t)src->cap_ids - 1);
-        if (n < 0) { s = mft__place_error(c, (mft_status)n); goto done; }
-        if (n < (int64_t)src->cap_ids) break;
-        mft__free(c->ctx, src->ids, src->cap_ids * sizeof *src->ids);
-        src->ids = NULL;
-        src->cap_ids = (size_t)n + 1;
-    }
-    i = (size_t)n;
-    if (c->desc.add_eos && mft_tokenizer_eos_id(c->tok) >= 0) src->ids[i++] = mft_tokenizer_eos_id(c->tok);
-    src->n_ids = i;
-
+    memset(&t, 0, sizeof t);
+    memset(&spare, 0, sizeof spare);
     memset(&sample, 0, sizeof sample);
     sample.source = (unsigned)source & 0xfffffffu;
-    sample.held   = 1;
-    for (i = 0; i < src->n_ids; i += k) {
-        k = src->n_ids - i < max ? src->n_ids - i : max;
-        if (k == 1) break;                                      /* nothing to predict */
-        sample.at = i;
-        s = mft__sample_add(ds, sample, src->ids + i, NULL, k);
-        if (s != MFT_OK) goto done;
-        if ((int64_t)k > ds->info.longest) ds->info.longest = (int64_t)k;
+    t.line = t.column = 1;
+    c->n_text = c->doc.n = 0;
+    s = mft__doc_append(c, c->tok->before, (size_t)c->tok->n_before);
+    while (s == MFT_OK && !ended) {
+        if (mft__data_loading(c, t.at)) { s = MFT_ERR_CANCELLED; break; }
+        if ((s = mft__text_fill(c, &t, t.begin + part + MFT__TEXT_AROUND)) != MFT_OK) break;
+        ended = t.at == c->file.bytes;
+        if ((s = mft__text_encode(c, 0, t.checked, &t)) != MFT_OK) break;
+        first = mft__text_token(&t, t.begin);
+        past  = t.n;
+        if (!ended && (s = mft__text_cut(c, &t, &spare, &past, &found)) != MFT_OK) break;
+        if (!ended && !found) {                                 /* one word of a whole part: a larger one then */
+            if ((part *= 2) > MFT__TEXT_MOST)
+                s = mft__data_fail(c, MFT_ERR_UNSUPPORTED, "line %lld: nowhere to cut the text within %d MB", (long long)t.line, MFT__TEXT_MOST >> 20);
+            continue;
+        }
+        if (past > first && (s = mft__doc_append(c, t.ids + first, past - first)) != MFT_OK) break;
+        if (ended) break;
+        t.begin = (size_t)t.begins[past];
+        keep = mft__text_boundary(c->text, t.begin - MFT__TEXT_AROUND);
+        memmove(c->text, c->text + keep, c->n_text - keep);
+        c->n_text -= keep; t.begin -= keep; t.checked -= keep;
+        part = MFT__TEXT_PART;
+        s = mft__text_pieces(ds, sample, 0);
     }
-done:
-    mft__free(c->ctx, text, got + 1);
+    if (s == MFT_OK) s = mft__doc_append(c, c->tok->after, (size_t)c->tok->n_after);
+    if (s == MFT_OK && c->desc.add_eos && mft_tokenizer_eos_id(c->tok) >= 0) {
+        int32_t eos = mft_tokenizer_eos_id(c->tok);
+        s = mft__doc_append(c, &eos, 1);
+    }
+    if (s == MFT_OK) s = mft__text_pieces(ds, sample, 1);
+    mft__free(c->ctx, t.ids, t.cap_ids * sizeof *t.ids);
+    mft__free(c->ctx, t.begins, t.cap_begins * sizeof *t.begins);
+    mft__free(c->ctx, spare.ids, spare.cap_ids * sizeof *spare.ids);
+    mft__free(c->ctx, spare.begins, spare.cap_begins * sizeof *spare.begins);
     return s;
 }
 
@@ -8952,12 +9304,192 @@ static mft_status mft__guess_format(mft__corpus *c, const char *path, mft__sourc
     return MFT_OK;
 }
 
+/* What a source has to say of its samples, all read and checked. On failure some of it may be there. */
+static mft_status mft__load_source(mft_dataset *ds, size_t source)
+{
+    mft__corpus          *c = ds->corpus;
+    const mft__source    *src = &c->sources[source];
+    const mft_dataset_info before = ds->info;
+    uint64_t              n = ds->samples.n;
+    mft_status            s = src->kind == MFT__FROM_TEXT ? mft__load_text(ds, source) : src->kind == MFT__FROM_TOKENS ? mft__load_tokens(ds, source)
+                            : mft__load_lines(ds, source);
+    c->where_line = 0;
+    if (s != MFT_OK) return s;
+    if (ds->samples.n == n && ds->info.n_bad_lines > before.n_bad_lines) {
+        char last[sizeof c->ctx->error];
+        memcpy(last, c->ctx->error, sizeof last);               /* of the last line that was skipped */
+        return mft__fail(c->ctx, MFT_ERR_FORMAT, "not one good line among %lld; the last: %s", (long long)(ds->info.n_bad_lines - before.n_bad_lines), last);
+    }
+    if (ds->samples.n == n)
+        return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "%s", src->bytes ? "too short: there is nothing to predict" : "the file is empty");
+    if (ds->info.n_supervised == before.n_supervised)
+        return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "no token to learn from: every label is masked; prompts that fill all of max_seq_len (%d) do that",
+                              c->desc.max_seq_len);
+    return MFT_OK;
+}
+
+/* ---- loading by way of the index ---- */
+
+/* A tokenizer's pieces, merges and added tokens, and what it makes of a text that its other settings change. */
+static uint64_t mft__tokenizer_hash(const mft_tokenizer *t)
+{
+    static const char probe[] = " It's 12345  E\xcc\x81t\xc3\xa9,\n\n\t\xe4\xbd\xa0\xe5\xa5\xbd \xf0\x9f\x99\x82 don't\r\n(a+b)  <|im_end|> \xe2\x96\x81x ";
+    int32_t  ids[256];
+    int64_t  n = mft_tokenizer_encode(t, probe, (int64_t)sizeof probe - 1, 0, ids, 256);
+    uint64_t h = mft__data_mix_bytes((uint64_t)t->n_ids, t->pieces.p, t->pieces.n), merges = 0;
+    uint32_t i;
+    for (i = 0; i < t->n_merge_slots; i++)                      /* their order in the hash is the context's own */
+        if (t->merge_slots[i] != MFT__NO_MERGE) merges += mft__data_mix(1, t->merge_slots[i]);
+    for (i = 0; i < 2; i++) h = mft__data_mix_bytes(h, t->added[i].text.p, t->added[i].text.n);
+    h = mft__data_mix(mft__data_mix(h, merges), (uint64_t)(uint32_t)t->eos << 32 | (uint32_t)t->bos);
+    return n > 0 ? mft__data_mix_bytes(h, ids, (size_t)(n < 256 ? n : 256) * sizeof *ids) : h;
+}
+
+/* The open file's length, its time of change, and 64 pieces of it from beginning to end. */
+static mft_status mft__source_hash(mft__corpus *c, const mft__source *src, uint64_t *h)
+{
+    enum { PIECES = 64, PIECE = 4096 };
+    char       piece[PIECE];
+    uint64_t   i, at;
+    mft_status s = MFT_OK;
+    *h = mft__data_mix(*h, src->bytes);
+    if (!c->ctx->io.open) *h = mft__data_mix(*h, (uint64_t)mft__os_modified(src->path));
+    for (i = 0; i < PIECES && s == MFT_OK; i++) {
+        size_t n = src->bytes < PIECE ? (size_t)src->bytes : (size_t)PIECE;
+        at = (src->bytes - n) / (PIECES - 1) * i;
+        if (i == PIECES - 1) at = src->bytes - n;
+        s = mft__file_read(&c->file, at, piece, n);
+        if (s == MFT_OK) *h = mft__data_mix_bytes(*h, piece, n);
+    }
+    return s;
+}
+
+/* A hash of all that a source's samples depend on. */
+static mft_status mft__index_key(const mft_dataset *ds, const mft__source *src, uint64_t *out)
+{
+    mft__corpus             *c = ds->corpus;
+    const mft_dataset_desc  *d = &c->desc;
+    const mft_chat_template *t = c->chat ? c->chat : c->tok ? mft_tokenizer_chat_template(c->tok) : NULL;
+    const char              *strings[5];
+    mft__sample              probe;
+    uint64_t                 h;
+    size_t                   i;
+
+    memset(&probe, 0, sizeof probe);                            /* this compiler's layout */
+    probe.at = 1; probe.bytes = 2; probe.n = 3; probe.n_valid = 4; probe.source = 5; probe.held = 1; probe.joined = 1;
+    h = mft__data_mix_bytes(MFT__INDEX_VERSION, &probe, sizeof probe);
+    h = mft__data_mix(mft__data_mix(h, ds->info.fingerprint), ds->samples.n);
+    h = mft__data_mix(mft__data_mix(h, c->ids.n), c->n_sources);
+    h = mft__data_mix(mft__data_mix(h, (uint64_t)d->max_seq_len << 8 | (uint64_t)src->kind), (uint64_t)d->vocab_size);
+    h = mft__data_mix(h, (uint64_t)((d->train_on_prompt ? 1 : 0) | (d->add_eos ? 2 : 0) | (d->no_eos ? 4 : 0) | (d->skip_bad_lines ? 8 : 0)));
+    strings[0] = d->text_key; strings[1] = d->prompt_key; strings[2] = d->completion_key; strings[3] = d->messages_key;
+    strings[4] = src->kind == MFT__FROM_MMLU ? mft__file_name(src->path) : "";                  /* it names the subject */
+    for (i = 0; i < 5; i++) h = mft__data_mix_bytes(h, strings[i], strlen(strings[i]));
+    if (c->tok) h = mft__data_mix(h, mft__tokenizer_hash(c->tok));
+    if (t) h = mft__data_mix_bytes(h, mft_chat_template_source(t), strlen(mft_chat_template_source(t)));
+    if (t && strstr(mft_chat_template_source(t), "strftime_now")) h = mft__data_mix(h, (uint64_t)d->now);
+    *out = h;
+    return mft__source_hash(c, src, out);
+}
+
+/* INDEX_DIR/NAME-HASH, the hash being that of path and split; freed with mft__strfree. */
+static char *mft__index_base(mft__corpus *c, const char *path)
+{
+    char        name[96];
+    const char *file = mft__file_name(path);
+    uint64_t    h = mft__data_mix_bytes(mft__data_mix_bytes(1, path, strlen(path)), c->desc.split, strlen(c->desc.split));
+    size_t      n = mft__text_boundary(file, strlen(file) < 60 ? strlen(file) : 60);
+    snprintf(name, sizeof name, "%.*s-%08lx", (int)n, file, (unsigned long)(h & 0xffffffffu));
+    return mft__path_join(c->ctx, c->desc.index_dir, name);
+}
+
+static mft_status mft__table_copy(mft_context *ctx, mft__table *to, mft__table *from)
+{
+    char       block[MFT__TABLE_BLOCK * sizeof(mft__sample)];   /* the largest record */
+    uint64_t   i;
+    mft_status s = MFT_OK;
+    for (i = 0; i < from->n && s == MFT_OK; i += MFT__TABLE_BLOCK) {
+        size_t n = from->n - i < MFT__TABLE_BLOCK ? (size_t)(from->n - i) : (size_t)MFT__TABLE_BLOCK;
+        s = mft__table_get(from, i, n, block);
+        if (s == MFT_OK) s = mft__table_put(ctx, to, block, n);
+    }
+    return s;
+}
+
+static void mft__index_say(const mft_dataset_info *info, uint64_t n_groups, mft__index_header *h)
+{
+    memset(h, 0, sizeof *h);
+    h->fingerprint = info->fingerprint; h->n_groups = n_groups;
+    h->n_tokens = info->n_tokens; h->n_supervised = info->n_supervised; h->longest = info->longest; h->n_truncated = info->n_truncated;
+    h->n_unsupervised = info->n_unsupervised; h->n_bad_lines = info->n_bad_lines; h->max_id = info->max_id;
+}
+
+static void mft__index_hear(const mft__index_header *h, mft_dataset_info *info, uint64_t *n_groups)
+{
+    info->fingerprint = h->fingerprint; *n_groups = h->n_groups;
+    info->n_tokens = h->n_tokens; info->n_supervised = h->n_supervised; info->longest = h->longest; info->n_truncated = h->n_truncated;
+    info->n_unsupervised = h->n_unsupervised; info->n_bad_lines = h->n_bad_lines; info->max_id = (int32_t)h->max_id;
+}
+
+/* mft__load_source to new tables in files, which hold what was there before as well. The old ones are for the caller. */
+static mft_status mft__index_make(mft_dataset *ds, size_t source, const char *base, uint64_t key, mft__table *old_samples, mft__table *old_ids)
+{
+    mft__corpus       *c = ds->corpus;
+    mft__index_header  h;
+    mft_status         s = mft__make_dirs(c->ctx, c->desc.index_dir);
+    if (s == MFT_OK) s = mft__index_begin(c->ctx, &ds->samples, base, ".samples");
+    if (s == MFT_OK) s = mft__index_begin(c->ctx, &c->ids, base, ".ids");
+    if (s == MFT_OK) s = mft__table_copy(c->ctx, &ds->samples, old_samples);
+    if (s == MFT_OK) s = mft__table_copy(c->ctx, &c->ids, old_ids);
+    if (s == MFT_OK) s = mft__load_source(ds, source);
+    mft__index_say(&ds->info, ds->n_groups, &h);
+    h.key = key; h.kind = (int64_t)c->sources[source].kind;
+    if (s == MFT_OK) s = mft__table_end(c->ctx, &c->ids, &h);
+    if (s == MFT_OK) s = mft__table_end(c->ctx, &ds->samples, &h);
+    return s;
+}
+
+/* mft__load_source by way of the index: what is found there is taken, what is not is made. */
+static mft_status mft__index_load(mft_dataset *ds, size_t source)
+{
+    mft__corpus      *c = ds->corpus;
+    mft__source      *src = &c->sources[source];
+    mft__table        samples = ds->samples, ids = c->ids;
+    mft__index_header h, h_ids;
+    uint64_t          key;
+    char             *base = mft__index_base(c, src->path);
+    mft_status        s = base ? mft__index_key(ds, src, &key) : MFT_ERR_OUT_OF_MEMORY;
+
+    if (s != MFT_OK) { mft__strfree(c->ctx, base); return s; }
+    memset(&ds->samples, 0, sizeof samples); ds->samples.size = samples.size;
+    memset(&c->ids,      0, sizeof ids);     c->ids.size      = ids.size;
+    ds->info.index_reused = mft__index_find(c->ctx, &ds->samples, base, ".samples", key, &h) && mft__index_find(c->ctx, &c->ids, base, ".ids", key, &h_ids);
+    if (ds->info.index_reused) {
+        mft__index_hear(&h, &ds->info, &ds->n_groups);
+        src->kind = (mft__source_kind)h.kind;
+        ds->packed = 0;
+    } else {
+        mft__table_free(c->ctx, &ds->samples);
+        s = mft__index_make(ds, source, base, key, &samples, &ids);
+    }
+    if (s != MFT_OK) {                                          /* all as before */
+        mft__table_free(c->ctx, &ds->samples); ds->samples = samples;
+        mft__table_free(c->ctx, &c->ids);      c->ids      = ids;
+        mft__strfree(c->ctx, base);
+        return s;
+    }
+    mft__table_free(c->ctx, &samples);
+    mft__table_free(c->ctx, &ids);
+    mft__strfree(c->ctx, ds->index);
+    ds->index = base;
+    return MFT_OK;
+}
+
 /* One file; on failure some of it may be there. */
 static mft_status mft__load_file(mft_dataset *ds, const char *path)
 {
     mft__corpus     *c = ds->corpus;
-    size_t           source = c->n_sources, before = ds->n_samples, i;
-    int64_t          bad = ds->info.n_bad_lines;
+    size_t           source = c->n_sources;
     mft__source_kind kind = MFT__FROM_TEXT;
     mft__source     *src;
     mft_status       s = MFT_OK;
@@ -8973,25 +9505,12 @@ static mft_status mft__load_file(mft_dataset *ds, const char *path)
     if (s != MFT_OK) return s;
     src = mft__source_add(c, kind, path);
     if (!src) return MFT_ERR_OUT_OF_MEMORY;
-    c->where = src->path; c->where_line = 0;
+    c->where = src->path; c->where_line = 0; c->told = 0;
     s = mft__source_open(c, source);
     if (s == MFT_OK) {
         src->bytes = c->file.bytes;
-        s = kind == MFT__FROM_TEXT ? mft__load_text(ds, source) : kind == MFT__FROM_TOKENS ? mft__load_tokens(ds, source)
-          : mft__load_lines(ds, source);
+        s = c->desc.index_dir && src->bytes >= c->desc.index_above && c->users == 1 ? mft__index_load(ds, source) : mft__load_source(ds, source);
     }
-    c->where_line = 0;
-    if (s == MFT_OK && ds->n_samples == before && ds->info.n_bad_lines > bad) {
-        char last[sizeof c->ctx->error];
-        memcpy(last, c->ctx->error, sizeof last);               /* of the last line that was skipped */
-        s = mft__fail(c->ctx, MFT_ERR_FORMAT, "not one good line among %lld; the last: %s", (long long)(ds->info.n_bad_lines - bad), last);
-    }
-    if (s == MFT_OK && ds->n_samples == before)
-        s = mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "%s", src->bytes ? "too short: there is nothing to predict" : "the file is empty");
-    for (i = before; s == MFT_OK && i < ds->n_samples && !ds->samples[i].n_valid; i++) {}
-    if (s == MFT_OK && i == ds->n_samples)
-        s = mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "no token to learn from: every label is masked; prompts that fill all of max_seq_len (%d) do that",
-                           c->desc.max_seq_len);
     if (s == MFT_OK && c->desc.assistant_loss_only && src->kind != MFT__FROM_MESSAGES)
         s = mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "loss on assistant turns only was asked for, but this is %s", mft__source_name(src->kind));
     c->where = NULL;
@@ -9131,24 +9650,56 @@ MFT_API mft_status mft_dataset_add_tokens(mft_dataset *ds, const int32_t *ids, c
 
 /* ---- from samples to rows to batches ---- */
 
-/* doc = the tokens of sample i again, uncut for lines. */
-static mft_status mft__sample_make(mft_dataset *ds, size_t i)
+/* The record of sample i. One from a file is looked at as what it is: bytes from outside. */
+static mft_status mft__sample_get(mft_dataset *ds, uint64_t i, mft__sample *out)
 {
-    mft__corpus       *c = ds->corpus;
-    const mft__sample *s = &ds->samples[i];
-    mft__source       *src = &c->sources[s->source];
-    size_t             n = (size_t)s->n;
-    int                part = 0, parts;
-    mft_status         status;
+    const mft__corpus *c = ds->corpus;
+    const mft__source *src;
+    uint64_t           from, n;
+    mft_status         s = mft__table_get(&ds->samples, i, 1, out);
+    if (s != MFT_OK || i >= ds->samples.n_filed) return s;
+    if (out->source >= c->n_sources || out->n < 1 || out->n > c->desc.max_seq_len || out->n_valid < 0 || out->n_valid >= out->n || (!i && out->joined))
+        return mft__table_damaged(c->ctx, &ds->samples, i);
+    src = &c->sources[out->source];
+    n   = (uint64_t)out->n;
+    if      (out->held)                     { from = c->ids.n; n *= out->labeled ? 2 : 1; }
+    else if (src->kind == MFT__FROM_TOKENS) from = src->bytes / 4;
+    else                                    { from = src->bytes; n = out->bytes; }
+    if (out->at > from || n > from - out->at || (!out->held && !src->path)) return mft__table_damaged(c->ctx, &ds->samples, i);
+    return MFT_OK;
+}
 
-    if (!mft__doc_room(c, n)) return MFT_ERR_OUT_OF_MEMORY;
-    c->where = src->path; c->where_line = 0;
-    if (s->held) {
-        memcpy(c->doc.ids, src->ids + s->at, n * sizeof *src->ids);
-        memcpy(c->doc.labels, src->ids + s->at + (s->labeled ? n : 0), n * sizeof *src->ids);
-        return MFT_OK;
+/* Which part of its line sample i is: how many joined ones stand before it. */
+static mft_status mft__sample_part(mft_dataset *ds, uint64_t i, const mft__sample *s, int *out)
+{
+    mft__sample before = *s;
+    mft_status  status = MFT_OK;
+    for (*out = 0; status == MFT_OK && before.joined && *out < 1000000; ++*out) status = mft__sample_get(ds, --i, &before);
+    return status;
+}
+
+/* Are the first tokens of c->doc what they were when the sample was loaded, as far as its record can tell? */
+static int mft__sample_same(const mft_dataset *ds, const mft__sample *s)
+{
+    const mft__document *d = &ds->corpus->doc;
+    int64_t              vocab = ds->corpus->desc.vocab_size ? ds->corpus->desc.vocab_size : (int64_t)INT32_MAX + 1;
+    int32_t              i, valid = 0;
+    for (i = 0; i < s->n; i++) {
+        if (d->ids[i] < 0 || d->ids[i] > ds->info.max_id || (d->labels[i] != -100 && (d->labels[i] < 0 || d->labels[i] >= vocab))) return 0;
+        valid += i && d->labels[i] != -100;
     }
-    status = mft__source_open(c, s->source);
+    return valid == s->n_valid;
+}
+
+/* c->doc = the tokens of a sample that is not held, uncut for lines. */
+static mft_status mft__sample_read(mft_dataset *ds, uint64_t i, const mft__sample *s)
+{
+    mft__corpus *c = ds->corpus;
+    mft__source *src = &c->sources[s->source];
+    size_t       n = (size_t)s->n;
+    int          part, parts;
+    mft_status   status = mft__source_open(c, s->source);
+
     if (status == MFT_OK && c->file.bytes != src->bytes) {
         status = mft__data_fail(c, MFT_ERR_FORMAT, "changed while it was in use: %llu bytes long, was %llu",
                                 (unsigned long long)c->file.bytes, (unsigned long long)src->bytes);
@@ -9158,9 +9709,10 @@ static mft_status mft__sample_make(mft_dataset *ds, size_t i)
     if (src->kind == MFT__FROM_TOKENS) {
         status = mft__file_read(&c->file, s->at * 4, c->doc.ids, n * 4);
         if (status == MFT_OK) memcpy(c->doc.labels, c->doc.ids, n * sizeof *c->doc.ids);
+        c->doc.n = n;
         return status;
     }
-    while (part < (int)i && ds->samples[i - (size_t)part].joined) part++;
+    if ((status = mft__sample_part(ds, i, s, &part)) != MFT_OK) return status;
     if (s->bytes > c->cap_line) {
         void *p = c->line;
         int   ok = mft__grow(c->ctx, &p, &c->cap_line, s->bytes, 1);
@@ -9169,23 +9721,47 @@ static mft_status mft__sample_make(mft_dataset *ds, size_t i)
     }
     status = mft__file_read(&c->file, s->at, c->line, s->bytes);
     if (status == MFT_OK) status = mft__record_document(c, src, c->line, s->bytes, part, &parts);
-    if (status == MFT_OK && (part >= parts || c->doc.n < n || (c->doc.n > n && !s->truncated)))
-        status = mft__data_fail(c, MFT_ERR_FORMAT, "changed while it was in use: the line at byte %llu makes other tokens than before", (unsigned long long)s->at);
+    if (status == MFT_OK && (part >= parts || c->doc.n < n || (c->doc.n > n && !s->truncated))) c->doc.n = 0;
     return status;
 }
 
+/* c->doc = the tokens of sample i again, and its record. */
+static mft_status mft__sample_make(mft_dataset *ds, uint64_t i, mft__sample *out)
+{
+    mft__corpus *c = ds->corpus;
+    mft_status   s = mft__sample_get(ds, i, out);
+    size_t       n;
+
+    if (s != MFT_OK) return s;
+    n = (size_t)out->n;
+    if (!mft__doc_room(c, n)) return MFT_ERR_OUT_OF_MEMORY;
+    c->where = c->sources[out->source].path; c->where_line = 0;
+    if (out->held) {
+        s = mft__table_get(&c->ids, out->at, n, c->doc.ids);
+        if (s == MFT_OK) s = mft__table_get(&c->ids, out->at + (out->labeled ? n : 0), n, c->doc.labels);
+        c->doc.n = n;
+        if (s == MFT_OK && c->ids.n_filed && !mft__sample_same(ds, out)) s = mft__table_damaged(c->ctx, &c->ids, out->at);
+        return s;
+    }
+    s = mft__sample_read(ds, i, out);
+    if (s == MFT_OK && (c->doc.n < n || !mft__sample_same(ds, out)))
+        s = mft__data_fail(c, MFT_ERR_FORMAT, "changed while it was in use: what is at %s %llu makes other tokens than before",
+                           c->sources[out->source].kind == MFT__FROM_TOKENS ? "token" : "byte", (unsigned long long)out->at);
+    return s;
+}
+
 /* The sample at place p of the order in which rows are filled. */
-static size_t mft__order(const mft_dataset *ds, size_t p)
+static uint64_t mft__order(const mft_dataset *ds, uint64_t p)
 {
     const mft_dataset_desc *d = &ds->corpus->desc;
-    return d->no_shuffle ? p : (size_t)mft__permute(d->seed, MFT__STREAM_PACK, ds->n_samples, p);
+    return d->no_shuffle ? p : mft__permute(d->seed, MFT__STREAM_PACK, ds->samples.n, p);
 }
 
 /* The i-th row of an epoch. */
-static size_t mft__epoch_row(const mft_dataset *ds, int64_t epoch, int64_t i)
+static uint64_t mft__epoch_row(const mft_dataset *ds, int64_t epoch, int64_t i)
 {
     const mft_dataset_desc *d = &ds->corpus->desc;
-    return (size_t)(d->no_shuffle ? (uint64_t)i : mft__permute(d->seed, (uint64_t)epoch, ds->n_rows, (uint64_t)i));
+    return d->no_shuffle ? (uint64_t)i : mft__permute(d->seed, (uint64_t)epoch, ds->n_rows, (uint64_t)i);
 }
 
 static int32_t mft__data_pad_id(const mft__corpus *c)
@@ -9199,52 +9775,83 @@ static int32_t mft__data_pad_id(const mft__corpus *c)
 static int mft__is_used(const mft_dataset *ds, const mft__sample *s) { return s->n_valid > 0 || ds->corpus->desc.no_shuffle; }
 
 /* Fills rows: as many samples as fit, in order. */
+static mft_status mft__pack_rows(mft_dataset *ds)
+{
+    const mft_dataset_desc *d = &ds->corpus->desc;
+    mft_context *ctx = ds->corpus->ctx;
+    mft__sample  sample;
+    uint64_t     p;
+    int64_t      used = 0;
+    mft_status   s = MFT_OK;
+
+    for (p = 0; p < ds->samples.n && s == MFT_OK; p++) {
+        if (p % MFT__TABLE_BLOCK == 0 && mft__cancelled(ctx)) return mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled");
+        s = mft__sample_get(ds, mft__order(ds, p), &sample);
+        if (s != MFT_OK || !mft__is_used(ds, &sample)) continue;
+        if (used && !d->no_pack && used + sample.n <= d->max_seq_len) { used += sample.n; continue; }
+        s = mft__table_put(ctx, &ds->rows, &p, 1);
+        used = sample.n;
+    }
+    return s == MFT_OK ? mft__table_put(ctx, &ds->rows, &p, 1) : s;        /* the last one ends the last row */
+}
+
+/* The same once, where the samples are: in memory, or in a file that may be there already. */
 static mft_status mft__pack(mft_dataset *ds)
 {
     const mft_dataset_desc *d = &ds->corpus->desc;
-    size_t p;
-    int64_t used = 0;
+    mft_context      *ctx = ds->corpus->ctx;
+    mft__index_header h;
+    uint64_t          key = mft__data_mix(mft__data_mix(mft__data_mix(ds->info.fingerprint, ds->samples.n), (uint64_t)d->max_seq_len),
+                                          (uint64_t)((d->no_pack ? 1 : 0) | (d->no_shuffle ? 2 : 0)));
+    int               filed = ds->index && ds->samples.n_filed;
+    mft_status        s = MFT_OK;
 
     if (ds->packed) return MFT_OK;
-    ds->n_rows = 0;
-    for (p = 0; p <= ds->n_samples; p++) {
-        const mft__sample *s = p < ds->n_samples ? &ds->samples[mft__order(ds, p)] : NULL;
-        void *q = ds->rows;
-        int   ok;
-        if (s && !mft__is_used(ds, s)) continue;
-        if (s && used && !d->no_pack && used + s->n <= d->max_seq_len) { used += s->n; continue; }
-        ok = mft__grow(ds->corpus->ctx, &q, &ds->cap_rows, ds->n_rows + 1, sizeof *ds->rows);      /* the last one ends the last row */
-        ds->rows = (size_t *)q;
-        if (!ok) return MFT_ERR_OUT_OF_MEMORY;
-        ds->rows[ds->n_rows++] = p;
-        used = s ? s->n : 0;
+    mft__table_free(ctx, &ds->rows);
+    key = mft__data_mix(key, d->no_shuffle ? 0 : d->seed);
+    if (!filed || !mft__index_find(ctx, &ds->rows, ds->index, ".rows", key, &h)) {
+        if (filed) s = mft__index_begin(ctx, &ds->rows, ds->index, ".rows");
+        if (s == MFT_OK) s = mft__pack_rows(ds);
+        memset(&h, 0, sizeof h);
+        h.key = key;
+        if (s == MFT_OK && filed) s = mft__table_end(ctx, &ds->rows, &h);
     }
-    ds->n_rows--;
+    if (s == MFT_OK && !ds->rows.n) s = mft__table_damaged(ctx, &ds->rows, 0);
+    if (s != MFT_OK) { mft__table_free(ctx, &ds->rows); return s; }
+    ds->n_rows = ds->rows.n - 1;
     ds->packed = 1;
     return MFT_OK;
 }
 
-/* The tokens of a row, and its samples. */
-static int64_t mft__row_length(const mft_dataset *ds, size_t row, int *out_documents)
+/* A row: the places of the order that it takes, its tokens, and how many samples they are. */
+typedef struct mft__row { uint64_t from, to; int64_t n; int documents; } mft__row;
+static mft_status mft__row_get(mft_dataset *ds, uint64_t row, mft__row *out)
 {
-    int64_t n = 0;
-    size_t  p;
-    *out_documents = 0;
-    for (p = ds->rows[row]; p < ds->rows[row + 1]; p++) {
-        const mft__sample *s = &ds->samples[mft__order(ds, p)];
-        if (mft__is_used(ds, s)) { n += s->n; ++*out_documents; }
+    mft__sample sample;
+    uint64_t    ends[2], p;
+    mft_status  s = mft__table_get(&ds->rows, row, 2, ends);
+    out->from = ends[0]; out->to = ends[1]; out->n = 0; out->documents = 0;
+    if (s == MFT_OK && (ends[0] >= ends[1] || ends[1] > ds->samples.n)) return mft__table_damaged(ds->corpus->ctx, &ds->rows, row);
+    for (p = out->from; p < out->to && s == MFT_OK; p++) {
+        s = mft__sample_get(ds, mft__order(ds, p), &sample);
+        if (s != MFT_OK || !mft__is_used(ds, &sample)) continue;
+        out->n += sample.n;
+        out->documents++;
+        if (out->n > ds->corpus->desc.max_seq_len) return mft__table_damaged(ds->corpus->ctx, &ds->rows, row);
     }
-    return n;
+    return s;
 }
 
 MFT_API mft_status mft_dataset_next(mft_dataset *ds, int batch, mft_batch *out)
 {
     mft__corpus            *c;
     const mft_dataset_desc *d;
+    mft__row   row;
     int32_t   *ids, *labels, *mask, *positions, *documents;
-    int64_t    epoch, row, left, seq = 0, len;
+    int64_t    epoch, first, left, seq = 0;
     int        b, n, padded = 0, packed = 0;
-    size_t     i, p, most, cells;
+    size_t     i, most, cells;
+    uint64_t   p;
     mft_status s;
 
     if (!ds || !out || batch < 1) return MFT_ERR_INVALID_ARGUMENT;
@@ -9252,24 +9859,23 @@ MFT_API mft_status mft_dataset_next(mft_dataset *ds, int batch, mft_batch *out)
     memset(out, 0, sizeof *out);
     s = mft__pack(ds);
     if (s != MFT_OK) return s;
-    for (i = 0; i < ds->n_samples && !ds->samples[i].n_valid; i++) {}
-    if (i == ds->n_samples)
-        return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, ds->n_samples ? "the dataset has no token to learn from: every label is masked" : "the dataset is empty");
+    if (!ds->info.n_supervised)
+        return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, ds->samples.n ? "the dataset has no token to learn from: every label is masked" : "the dataset is empty");
     if (d->drop_last && (int64_t)ds->n_rows < batch)
         return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "the dataset has %llu rows, fewer than a batch of %d, and the last batch is to be dropped",
                          (unsigned long long)ds->n_rows, batch);
 
-    epoch = ds->epoch; row = ds->row;
-    left = (int64_t)ds->n_rows - row;
-    if (left <= 0 || (d->drop_last && left < batch)) { epoch++; row = 0; left = (int64_t)ds->n_rows; }
+    epoch = ds->epoch; first = ds->row;
+    left = (int64_t)ds->n_rows - first;
+    if (left <= 0 || (d->drop_last && left < batch)) { epoch++; first = 0; left = (int64_t)ds->n_rows; }
     n = left < batch ? (int)left : batch;
 
     for (b = 0; b < n; b++) {
-        int documents_here;
-        len = mft__row_length(ds, mft__epoch_row(ds, epoch, row + b), &documents_here);
-        if (b && len != seq) padded = 1;
-        if (len > seq) seq = len;
-        packed |= documents_here > 1;
+        s = mft__row_get(ds, mft__epoch_row(ds, epoch, first + b), &row);
+        if (s != MFT_OK) return s;
+        if (b && row.n != seq) padded = 1;
+        if (row.n > seq) seq = row.n;
+        packed |= row.documents > 1;
     }
     if (!mft__mul_size((size_t)batch, (size_t)d->max_seq_len * 5, &most) || !mft__mul_size(most, sizeof *ds->batch, &i))
         return mft__fail(c->ctx, MFT_ERR_OUT_OF_MEMORY, "a batch of %d rows of %d tokens does not fit an address space", batch, d->max_seq_len);
@@ -9283,21 +9889,27 @@ MFT_API mft_status mft_dataset_next(mft_dataset *ds, int batch, mft_batch *out)
     cells = (size_t)n * (size_t)seq;
     ids = ds->batch; labels = ids + cells; mask = labels + cells; positions = mask + cells; documents = positions + cells;
     for (b = 0; b < n; b++) {
-        size_t  r = mft__epoch_row(ds, epoch, row + b), at = (size_t)b * (size_t)seq, end = at + (size_t)seq;
+        size_t  at = (size_t)b * (size_t)seq, end = at + (size_t)seq;
         int32_t document = 0, pad = mft__data_pad_id(c);
-        for (p = ds->rows[r]; p < ds->rows[r + 1]; p++) {
-            size_t  sample = mft__order(ds, p), k;
-            int32_t j;
-            if (!mft__is_used(ds, &ds->samples[sample])) continue;
-            s = mft__sample_make(ds, sample);
-            if (s != MFT_OK) { memset(out, 0, sizeof *out); return s; }
-            k = (size_t)ds->samples[sample].n;
+        s = mft__row_get(ds, mft__epoch_row(ds, epoch, first + b), &row);
+        for (p = row.from; s == MFT_OK && p < row.to; p++) {
+            uint64_t    sample = mft__order(ds, p);
+            mft__sample record;
+            size_t      k;
+            int32_t     j;
+            s = mft__sample_get(ds, sample, &record);
+            if (s != MFT_OK || !mft__is_used(ds, &record)) continue;
+            s = mft__sample_make(ds, sample, &record);
+            if (s != MFT_OK) break;
+            k = (size_t)record.n;
+            if (k > end - at) { s = mft__table_damaged(c->ctx, &ds->samples, sample); break; }
             memcpy(ids + at, c->doc.ids, k * sizeof *ids);
             memcpy(labels + at, c->doc.labels, k * sizeof *ids);
             labels[at] = -100;                                  /* nothing before it predicts it */
             for (j = 0; j < (int32_t)k; j++, at++) { mask[at] = 1; positions[at] = j; documents[at] = document; }
             document++;
         }
+        if (s != MFT_OK) { memset(out, 0, sizeof *out); return s; }
         for (; at < end; at++) { ids[at] = pad; labels[at] = -100; mask[at] = positions[at] = 0; documents[at] = document; }
     }
     out->input_ids = ids; out->labels = labels;
@@ -9305,7 +9917,7 @@ MFT_API mft_status mft_dataset_next(mft_dataset *ds, int batch, mft_batch *out)
     out->position_ids   = packed ? positions : NULL;
     out->document_ids   = packed ? documents : NULL;
     out->batch = n; out->seq = (int)seq;
-    ds->epoch = epoch; ds->row = row + n;
+    ds->epoch = epoch; ds->row = first + n;
     ds->started = 1;
     return MFT_OK;
 }
@@ -9340,64 +9952,127 @@ MFT_API mft_status mft_dataset_set_position(mft_dataset *ds, const mft_dataset_p
 }
 
 /* ---- splitting ---- */
-static int mft__teaches(const mft_dataset *ds)
+
+/* A side of a split while it is made: tables and counts of its own, which a dataset then takes. */
+typedef struct mft__side {
+    mft__table       samples;
+    mft_dataset_info info;
+    uint64_t         n_groups;
+    char            *index;                 /* NULL: in memory                                           */
+    uint64_t         key;
+} mft__side;
+
+static void mft__side_free(mft_context *ctx, mft__side *side)
 {
-    size_t i;
-    for (i = 0; i < ds->n_samples; i++) if (ds->samples[i].n_valid) return 1;
-    return 0;
+    mft__table_free(ctx, &side->samples);
+    mft__strfree(ctx, side->index);
+}
+
+/* The dataset takes the side, and leaves it its own. */
+static void mft__side_take(mft_dataset *ds, mft__side *side)
+{
+    mft__side was = *side;
+    side->samples = ds->samples; side->index = ds->index;
+    ds->samples = was.samples;   ds->index = was.index;
+    ds->info = was.info; ds->n_groups = was.n_groups;
+    ds->packed = 0;
+}
+
+/* Deals the samples out to sides[0], what is kept, and sides[1], groups by the seed. */
+static mft_status mft__split_deal(mft_dataset *ds, mft__side sides[2], uint64_t take)
+{
+    mft__corpus *c = ds->corpus;
+    mft__sample  block[MFT__TABLE_BLOCK];
+    uint64_t     i, group = (uint64_t)-1;
+    size_t       k, n;
+    mft_status   s = MFT_OK;
+    for (i = 0; i < ds->samples.n && s == MFT_OK; i += n) {
+        n = ds->samples.n - i < MFT__TABLE_BLOCK ? (size_t)(ds->samples.n - i) : (size_t)MFT__TABLE_BLOCK;
+        if (mft__cancelled(c->ctx)) return mft__fail(c->ctx, MFT_ERR_CANCELLED, "cancelled");
+        s = mft__table_get(&ds->samples, i, n, block);
+        for (k = 0; k < n && s == MFT_OK; k++) {
+            mft__side *side;
+            group += !block[k].joined;
+            if (group >= ds->n_groups) return mft__table_damaged(c->ctx, &ds->samples, i + k);
+            side = &sides[mft__permute(c->desc.seed, MFT__STREAM_SPLIT, ds->n_groups, group) < take];
+            mft__sample_count(&side->info, &side->n_groups, &block[k]);
+            s = mft__table_put(c->ctx, &side->samples, &block[k], 1);
+        }
+    }
+    return s;
+}
+
+/* Both sides: as they were found, or dealt out anew. */
+static mft_status mft__split_sides(mft_dataset *ds, mft__side sides[2], uint64_t take)
+{
+    static const char *const names[2] = { ".kept", ".held" };
+    mft_context      *ctx = ds->corpus->ctx;
+    mft__index_header h[2];
+    int               k, filed = ds->index && ds->samples.n_filed, found = filed;
+    mft_status        s = MFT_OK;
+    for (k = 0; k < 2 && filed; k++) {
+        if (!(sides[k].index = mft__text_join(ctx, ds->index, names[k]))) return MFT_ERR_OUT_OF_MEMORY;
+        found &= mft__index_find(ctx, &sides[k].samples, sides[k].index, ".samples", sides[k].key, &h[k]);
+    }
+    if (found) {
+        for (k = 0; k < 2; k++) mft__index_hear(&h[k], &sides[k].info, &sides[k].n_groups);
+        return MFT_OK;
+    }
+    for (k = 0; k < 2 && s == MFT_OK; k++) {
+        mft__table_free(ctx, &sides[k].samples);
+        if (filed) s = mft__index_begin(ctx, &sides[k].samples, sides[k].index, ".samples");
+    }
+    if (s == MFT_OK) s = mft__split_deal(ds, sides, take);
+    for (k = 0; k < 2 && s == MFT_OK && filed; k++) {
+        mft__index_say(&sides[k].info, sides[k].n_groups, &h[k]);
+        h[k].key = sides[k].key;
+        s = mft__table_end(ctx, &sides[k].samples, &h[k]);
+    }
+    return s;
 }
 
 MFT_API mft_status mft_dataset_split(mft_dataset *ds, double ratio, mft_dataset **out_held_out)
 {
     mft__corpus *c;
     mft_dataset *other;
-    mft__sample *kept;
-    uint64_t     groups = 0, take, group;
-    uint64_t     ratio_bits;
-    size_t       i, n_kept = 0, bytes;
+    mft__side    sides[2];
+    uint64_t     take, ratio_bits;
+    int          k;
+    mft_status   s;
 
     if (out_held_out) *out_held_out = NULL;
     if (!ds || !out_held_out) return MFT_ERR_INVALID_ARGUMENT;
     c = ds->corpus;
     if (!(ratio > 0 && ratio < 1)) return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "a split of %g: it must be between 0 and 1", ratio);
     if (ds->started) return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "a dataset cannot be split once batches were taken");
-    for (i = 0; i < ds->n_samples; i++) groups += !ds->samples[i].joined;
-    take = (uint64_t)((double)groups * ratio);
+    take = (uint64_t)((double)ds->n_groups * ratio);
     if (!take) take = 1;
-    if (groups < 2) return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "%llu sample%s cannot be split", (unsigned long long)groups, groups == 1 ? "" : "s");
+    if (ds->n_groups < 2)
+        return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "%llu sample%s cannot be split", (unsigned long long)ds->n_groups, ds->n_groups == 1 ? "" : "s");
 
     other = mft__dataset_over(c);
     if (!other) return MFT_ERR_OUT_OF_MEMORY;
-    bytes = ds->n_samples * sizeof *ds->samples;
-    other->samples = (mft__sample *)mft__alloc(c->ctx, bytes);
-    if (other->samples) other->cap_samples = ds->n_samples;
-    kept = other->samples ? (mft__sample *)mft__alloc(c->ctx, bytes) : NULL;
-    if (!kept) { mft_dataset_destroy(other); return MFT_ERR_OUT_OF_MEMORY; }
-    for (i = 0, group = (uint64_t)-1; i < ds->n_samples; i++) {
-        group += !ds->samples[i].joined;
-        if (mft__permute(c->desc.seed, MFT__STREAM_SPLIT, groups, group) < take) other->samples[other->n_samples++] = ds->samples[i];
-        else kept[n_kept++] = ds->samples[i];
-    }
     memcpy(&ratio_bits, &ratio, sizeof ratio);
-    other->info = ds->info;
-    other->info.n_bad_lines = 0;
-    other->info.fingerprint = mft__data_mix(mft__data_mix(ds->info.fingerprint, ratio_bits), 1);
-    if (mft__teaches(other)) {                                  /* ds takes what was kept; back again if that is nothing */
-        mft__sample *all = ds->samples;
-        size_t       n_all = ds->n_samples, cap = ds->cap_samples;
-        ds->samples = kept; ds->n_samples = n_kept; ds->cap_samples = n_all;
-        if (mft__teaches(ds)) {
-            mft__free(c->ctx, all, cap * sizeof *all);
-            ds->info.fingerprint = mft__data_mix(mft__data_mix(ds->info.fingerprint, ratio_bits), 0);
-            ds->packed = 0;
-            *out_held_out = other;
-            return MFT_OK;
-        }
-        ds->samples = all; ds->n_samples = n_all; ds->cap_samples = cap;
+    memset(sides, 0, sizeof sides);
+    for (k = 0; k < 2; k++) {
+        mft_dataset_info *info = &sides[k].info;
+        sides[k].samples.size = ds->samples.size;
+        *info = ds->info;
+        info->n_tokens = info->n_supervised = info->n_truncated = info->n_unsupervised = 0;
+        if (k) info->n_bad_lines = 0;
+        info->fingerprint = mft__data_mix(mft__data_mix(ds->info.fingerprint, ratio_bits), (uint64_t)k);
+        sides[k].key = mft__data_mix(mft__data_mix(info->fingerprint, ds->samples.n), c->desc.seed);
     }
-    mft__free(c->ctx, kept, bytes);
-    mft_dataset_destroy(other);
-    return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "a split of %g leaves one side without any token to learn from", ratio);
+    s = mft__split_sides(ds, sides, take);
+    if (s == MFT_OK && (!sides[0].info.n_supervised || !sides[1].info.n_supervised))
+        s = mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "a split of %g leaves one side without any token to learn from", ratio);
+    if (s == MFT_OK) {
+        mft__side_take(ds, &sides[0]);
+        mft__side_take(other, &sides[1]);
+        *out_held_out = other;
+    } else mft_dataset_destroy(other);
+    for (k = 0; k < 2; k++) mft__side_free(c->ctx, &sides[k]);
+    return s;
 }
 
 /* ---- what is in it ---- */
@@ -9405,6 +10080,7 @@ MFT_API mft_status mft_dataset_report(mft_dataset *ds, mft_dataset_info *out)
 {
     const mft__corpus      *c;
     const mft_dataset_desc *d;
+    const mft__table       *tables[3];
     size_t     i;
     uint64_t   h;
     mft_status s;
@@ -9414,14 +10090,9 @@ MFT_API mft_status mft_dataset_report(mft_dataset *ds, mft_dataset_info *out)
     if (s != MFT_OK) return s;
     c = ds->corpus; d = &c->desc;
     *out = ds->info;
-    out->n_samples = (int64_t)ds->n_samples; out->n_rows = (int64_t)ds->n_rows;
-    out->n_tokens = out->n_supervised = out->n_truncated = out->n_unsupervised = 0;
-    for (i = 0; i < ds->n_samples; i++) {
-        out->n_tokens       += ds->samples[i].n;
-        out->n_supervised   += ds->samples[i].n_valid;
-        out->n_truncated    += ds->samples[i].truncated;
-        out->n_unsupervised += !ds->samples[i].n_valid;
-    }
+    out->n_samples = (int64_t)ds->samples.n; out->n_rows = (int64_t)ds->n_rows;
+    tables[0] = &ds->samples; tables[1] = &ds->rows; tables[2] = &c->ids;
+    for (i = 0; i < 3; i++) if (tables[i]->path) out->index_bytes += tables[i]->file.bytes;
     out->format = c->n_sources ? mft__source_name(c->sources[0].kind) : "nothing";
     for (i = 1; i < c->n_sources; i++) if (c->sources[i].kind != c->sources[0].kind) out->format = "mixed";
     h = mft__data_mix(mft__data_mix(ds->info.fingerprint, (uint64_t)d->max_seq_len), d->seed);
@@ -9440,6 +10111,7 @@ MFT_API int64_t mft_dataset_sample_text(mft_dataset *ds, int64_t index, const ch
 {
     mft__corpus   *c;
     mft__document *d;
+    mft__sample    sample;
     int64_t        n, all, i, from = 0, at = 0;
     int            trained = 0;
     mft_status     s;
@@ -9447,11 +10119,11 @@ MFT_API int64_t mft_dataset_sample_text(mft_dataset *ds, int64_t index, const ch
     if (!ds || !open || !close || cap < 0 || (cap && !text)) return MFT_ERR_INVALID_ARGUMENT;
     c = ds->corpus; d = &c->doc;
     if (!c->tok) return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "a sample has no text without a tokenizer");
-    if (index < 0 || index >= (int64_t)ds->n_samples)
-        return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "sample %lld of %llu", (long long)index, (unsigned long long)ds->n_samples);
-    s = mft__sample_make(ds, (size_t)index);
+    if (index < 0 || index >= (int64_t)ds->samples.n)
+        return mft__fail(c->ctx, MFT_ERR_INVALID_ARGUMENT, "sample %lld of %llu", (long long)index, (unsigned long long)ds->samples.n);
+    s = mft__sample_make(ds, (uint64_t)index, &sample);
     if (s != MFT_OK) return s;
-    n   = ds->samples[index].n;
+    n   = sample.n;
     all = mft_tokenizer_decode(c->tok, d->ids, n, 0, NULL, 0);
     if (all < 0) return all;
     c->n_text = 0;

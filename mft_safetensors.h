@@ -235,6 +235,14 @@ static mft__path_kind mft__os_kind(const char *path, uint64_t *out_bytes)
     return st.st_mode & _S_IFDIR ? MFT__DIRECTORY : st.st_mode & _S_IFREG ? MFT__FILE : MFT__OTHER_PATH;
 }
 
+/* When it was last changed, in seconds since 1970; 0: not known. */
+MFT__UNUSED static int64_t mft__os_modified(const char *path)
+{
+    struct _stat64 st;
+    mft__wide      w;
+    return mft__widen(path, &w) && _wstat64(w.s, &st) == 0 ? (int64_t)st.st_mtime : 0;
+}
+
 static int mft__os_open(const char *path, mft__open_mode mode)
 {
     mft__wide w;
@@ -332,6 +340,13 @@ static mft__path_kind mft__os_kind(const char *path, uint64_t *out_bytes)
     if (stat(path, &st) != 0) return MFT__NO_PATH;
     *out_bytes = (uint64_t)st.st_size;
     return S_ISDIR(st.st_mode) ? MFT__DIRECTORY : S_ISREG(st.st_mode) ? MFT__FILE : MFT__OTHER_PATH;
+}
+
+/* When it was last changed, in seconds since 1970; 0: not known. */
+MFT__UNUSED static int64_t mft__os_modified(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 ? (int64_t)st.st_mtime : 0;
 }
 
 static int mft__os_open(const char *path, mft__open_mode mode)

@@ -28,9 +28,9 @@ typedef struct several { const char *at[16]; int n; } several;      /* of a flag
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
     const char *checkpoint_save_dir, *resume_from, *text_key, *prompt_key, *completion_key, *messages_key;
-    const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels;
+    const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels, *index;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
-    int64_t seed, memory_budget, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
+    int64_t seed, memory_budget, index_above, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
     int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, update_in_backward, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
@@ -100,6 +100,8 @@ static const flag flags[] = {
     { "completion-key",     STRING,  AT(completion_key),     0, 0, "KEY",  "what it calls a completion                                   [completion]" },
     { "messages-key",       STRING,  AT(messages_key),       0, 0, "KEY",  "what it calls a conversation                                 [messages]" },
     { "skip-bad-lines",     SWITCH,  AT(skip_bad_lines),     0, 0, NULL,   "count lines that cannot be used and go on" },
+    { "index",              STRING,  AT(index),              0, 0, "DIR",  "where the index of large data is kept; none: in memory       [OUTPUT.index]" },
+    { "index-above",        BYTES,   AT(index_above),        0, 0, "SIZE", "data from this size on is large                              [16M, or 1/64 of --memory-budget]" },
     { "no-pack",            SWITCH,  AT(no_pack),            0, 0, NULL,   "one sample per row, padded on the right" },
     { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
@@ -790,12 +792,41 @@ static void report_choice(mft_trainer *tr)
             p.blocks_recomputed, p.blocks, p.drops_pages ? "dropped behind their use" : "stay in memory");
 }
 
+/* How far a long file is read: a live line on a terminal, elsewhere one every half minute. */
+typedef struct reading { const char *path; double began, shown; int terminal, lines; } reading;
+static void on_load(void *user, uint64_t bytes, uint64_t of)
+{
+    reading *r = (reading *)user;
+    double   now = mft__now(), elapsed = now - r->began;
+    if (now - r->shown < (r->terminal ? 0.2 : 30)) return;
+    r->shown = now; r->lines++;
+    fprintf(stderr, "%sreads %s: %.0f of %.0f MB, %.0f s left%s", r->terminal ? "\r\033[K" : "", r->path, (double)bytes / 1048576, (double)of / 1048576,
+            elapsed * (double)(of - bytes) / (double)bytes, r->terminal ? "" : "\n");
+}
+
+/* Where the index of large data goes; NULL: nowhere. Freed with free. */
+static char *index_dir(const options *o)
+{
+    size_t n = o->index ? strlen(o->index) : o->output ? strlen(o->output) : 0;
+    char  *dir;
+    while (n > 1 && !o->index && mft__is_separator(o->output[n - 1])) n--;
+    if (!n || (o->index && !strcmp(o->index, "none")) || !(dir = (char *)malloc(n + 8))) return NULL;
+    memcpy(dir, o->index ? o->index : o->output, n);
+    memcpy(dir + n, o->index ? "" : ".index", o->index ? 1 : 7);
+    return dir;
+}
+
 /* A dataset of the flags' kind from a file or a split of a directory. */
 static mft_status open_data(const options *o, session *s, const char *path, const char *split, int format, const char *template_text, mft_dataset **out)
 {
     mft_dataset_desc d;
     mft_status       status;
+    reading          r;
+    char            *index = index_dir(o);
     memset(&d, 0, sizeof d);
+    r.path = path; r.began = r.shown = mft__now(); r.terminal = isatty(2); r.lines = 0;
+    if (!o->json || r.terminal) { d.on_load = on_load; d.user = &r; }
+    d.index_dir = index; d.index_above = (uint64_t)(o->index_above ? o->index_above : o->memory_budget ? o->memory_budget / 64 + 1 : 0);
     d.max_seq_len = (int)o->seq_len; d.format = (mft_data_format)format; d.seed = (uint64_t)o->seed; d.split = split;
     d.no_pack = o->no_pack; d.no_shuffle = o->no_shuffle; d.train_on_prompt = o->train_on_prompt;
     d.assistant_loss_only = o->assistant_loss_only; d.chat_template = template_text; d.skip_bad_lines = o->skip_bad_lines;
@@ -803,6 +834,8 @@ static mft_status open_data(const options *o, session *s, const char *path, cons
     d.vocab_size = mft_model_get_config(s->model)->vocab_size;
     status = mft_dataset_create(s->ctx, s->tok, &d, out);
     if (status == MFT_OK) status = mft_dataset_load(*out, path);
+    if (r.lines && r.terminal) fputs("\r\033[K", stderr);
+    free(index);
     return status;
 }
 
@@ -855,6 +888,7 @@ static void report_data(const options *o, const char *path, mft_dataset *data, i
     if (mft_dataset_report(data, &d) != MFT_OK) return;
     fprintf(stderr, "%s: %s, %lld samples in %lld rows, %lld tokens, %lld supervised (%.3g%%), longest %lld\n", path, d.format, (long long)d.n_samples, (long long)d.n_rows,
             (long long)d.n_tokens, (long long)d.n_supervised, d.n_tokens ? 100.0 * (double)d.n_supervised / (double)d.n_tokens : 0.0, (long long)d.longest);
+    if (d.index_bytes) fprintf(stderr, "  index of %.1f MB on disk%s\n", megabytes(d.index_bytes), d.index_reused ? ": found, the data was not read again" : "");
     if (d.n_bad_lines) fprintf(stderr, "  %lld bad lines skipped\n", (long long)d.n_bad_lines);
     if (d.n_truncated) fprintf(stderr, "  %lld samples cut to --seq-len %lld: --seq-len %lld would keep all whole\n", (long long)d.n_truncated, (long long)o->seq_len, (long long)d.longest);
     if (d.n_unsupervised)
@@ -2404,7 +2438,7 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward seed assistant-loss-only train-on-prompt "
-      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
+      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines index index-above no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
       "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
