@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -71,3 +72,19 @@ def test_recorded(directory, row, tmp_path):
               "--json").json()
     assert got["tokens"] == row["tokens"]
     assert abs(got["perplexity"] - row["ppl"]) < 1e-4 * row["ppl"]
+
+
+def test_text_of_the_guide(tmp_path):
+    """WikiText-2's test split as Transformers' guide joins it: the guide's tokenizer warns of 287644 tokens. The command
+    is the one in examples/recipes/continue-on-text.md."""
+    raw = shared("assets/text/wikitext-2-raw/wiki.test.raw")
+    tokenizer = shared("assets/tokenizers/gpt2")
+    if not (os.path.exists(raw) and os.path.isdir(tokenizer)):
+        pytest.skip("WikiText-2 and GPT-2's tokenizer: not in %s" % os.path.basename(DATA))
+    with open(os.path.join(os.path.dirname(__file__), "../../examples/recipes/continue-on-text.md"), encoding="utf-8") as f:
+        awk = next(line.strip() for line in f if line.strip().startswith("awk "))
+    joined = tmp_path / "wiki.test.txt"
+    os.symlink(raw, tmp_path / "wiki.test.raw")
+    assert subprocess.run(["sh", "-c", awk], cwd=tmp_path).returncode == 0
+    ids = json.loads(mft("tokenize", "--model", tokenizer, "--file", joined, "--json").out)
+    assert len(ids["ids"] if isinstance(ids, dict) else ids) == 287644
