@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -713,11 +714,18 @@ static void end_log_line(live *v)
     v->line_open = 0;
 }
 
+/* What of a line can be drawn over again: one that wraps would leave its beginning behind. */
+static int terminal_room(void)
+{
+    struct winsize w;
+    return ioctl(2, TIOCGWINSZ, &w) == 0 && w.ws_col > 1 ? w.ws_col - 1 : 79;
+}
+
 static void on_step(void *user, const mft_progress *p)
 {
     live  *v = (live *)user;
     double now = mft__now();
-    char   eta[32];
+    char   eta[32], line[300];
     if (p->loss == p->loss) {                                   /* else the step was skipped */
         v->smooth = v->steps ? 0.9 * v->smooth + 0.1 * p->loss : p->loss;
         v->loss_sum += p->loss; v->steps++;
@@ -738,8 +746,9 @@ static void on_step(void *user, const mft_progress *p)
     if (p->step < v->total && now - v->shown < (v->terminal ? 0.1 : 30) && (v->terminal || p->step % (v->total / 10 + 1))) return;
     v->shown = now;
     duration(eta, sizeof eta, p->eta_seconds);
-    fprintf(stderr, "%sstep %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f MB  eta %s%s", v->terminal ? "\r\033[K" : "", (long long)p->step, (long long)v->total,
-            v->smooth, p->learning_rate, v->tokens_per_second, megabytes(p->resident_bytes), eta, v->terminal ? "" : "\n");
+    snprintf(line, sizeof line, "step %lld/%lld  loss %.4f  lr %.2e  %.0f tok/s  %.0f MB  eta %s", (long long)p->step, (long long)v->total, v->smooth, p->learning_rate,
+             v->tokens_per_second, megabytes(p->resident_bytes), eta);
+    if (v->terminal) fprintf(stderr, "\r\033[K%.*s", terminal_room(), line); else fprintf(stderr, "%s\n", line);
     if (v->terminal && p->step == v->total) fputc('\n', stderr);
 }
 

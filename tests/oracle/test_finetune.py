@@ -1,9 +1,15 @@
 """`mft finetune` against a plain PyTorch loop, step by step, and its files against PEFT and Transformers."""
+import fcntl
 import json
 import math
 import os
 import platform
+import pty
+import re
 import shutil
+import struct
+import subprocess
+import termios
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from common import (GOLDEN, all_linear, block_batches, check_log, config, copy_model, default_targets, hf_logits, load,
+from common import (GOLDEN, MFT, ROOT, all_linear, block_batches, check_log, config, copy_model, default_targets, hf_logits, load,
                     make_adapter, mean_loss, mft, mft_logits, missing, pad_rows, random_tokens, read_log, relative, shared,
                     train, write_rows, write_tokens)
 
@@ -355,3 +361,29 @@ def test_recorded_run(run, tmp_path):
     for adapter, key, tolerance in ((None, "logits_before", 5e-5), (os.path.join(run, "adapter_final"), "logits_after", 5e-5),
                                     (out, "logits_after", 1e-3)):
         assert relative(mft_logits(model, ids, tmp_path, adapter)[0], check[key]) < tolerance, (adapter, key)
+
+
+def test_live_line(tmp_path):
+    """On a terminal one line is drawn over and over, never wider than the terminal; its parts are those of the log."""
+    model = os.path.join(ROOT, "examples", "demo", "base")
+    data = tmp_path / "text.txt"
+    data.write_text("The cat sat on the mat. The dog sat on the log.\n" * 20)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    p = subprocess.Popen([MFT, "finetune", "--model", model, "--data", str(data), "--output", str(tmp_path / "out"), "--max-steps", "12", "--seq-len", "16",
+                          "--lr-scheduler", "constant"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:                     # how Linux says that the other side is closed
+            break
+        if not piece:
+            break
+        text += piece
+    os.close(ours)
+    assert p.wait() == 0
+    drawn = [line.split("\n")[0].rstrip("\r") for line in text.decode().split("\r\x1b[K")[1:]]
+    assert drawn and all(len(line) <= 49 for line in drawn)
+    assert re.match(r"step 12/12  loss \d\.\d{4}  lr 2\.00e-04  \d+ tok/s", drawn[-1])
