@@ -4,6 +4,7 @@
 #   make demo       fine-tunes the bundled model on the bundled health records and shows what it learned
 #   make test       every test, also as C++; larger data in ../shared or $MFT_TEST_DATA is used when it is there
 #   make bench      kernels, ops and training steps beside the machine's measured peak
+#   make bench-memory   training: mode x model x peak x tokens/s, as the README has it (MODELS="gpt2 ..", STEPS=n)
 #   make sanitize   the tests under the address and undefined-behaviour sanitizers, those with threads under the thread sanitizer
 #   make fuzz       every parser on its corpus, and FUZZ_SECONDS of new inputs each
 #
@@ -76,6 +77,9 @@ demo: $(BUILD)/demo
 bench: $(BUILD)/mft
 	$(RUN) $(BUILD)/mft bench
 
+bench-memory: $(BUILD)/mft
+	@RUN="$(RUN)" BUILD="$(BUILD)" STEPS="$(STEPS)" MODELS="$(MODELS)" sh tools/bench_memory.sh
+
 sanitize:
 	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_TEXT="-O0 $(SANITIZE)"
 	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
@@ -86,4 +90,4 @@ fuzz: $(FUZZERS)
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all test demo bench sanitize fuzz clean
+.PHONY: all test demo bench bench-memory sanitize fuzz clean

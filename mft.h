@@ -553,6 +553,8 @@ struct mft_context {
     struct mft__record *tape;               /* the latest record; each knows the one before         */
     int           grad_enabled;
     int           saw_trainable;            /* an op met a trainable input since this was cleared   */
+    int           input_ends;               /* the next mft_checkpoint is the only reader of its input: 1: which goes if the backward
+                                               pass does not want it, 2: and else is kept in bf16 */
     int           in_checkpoint;            /* the first run of a checkpoint's function             */
     int           recomputing;              /* its second run: nobody will read the result itself   */
     int           result_unread;            /* nor what linear and add make just now                */
@@ -1292,6 +1294,7 @@ typedef struct mft__tensor {
     int              grad_written;          /* its gradient holds numbers to add to                  */
     int              paged;                 /* wrapped: its numbers are in a mapped file, which stays as it is */
     struct mft__pages *pages;               /* paged: who brings them, see mft__need                 */
+    int              packed;                /* its numbers are bf16 by now, see mft__input_end       */
     int              consumed;              /* a backward pass has been through it: its record and numbers are gone */
 } mft__tensor;
 
@@ -4504,6 +4507,26 @@ MFT__UNUSED static mft_tensor *mft__when_undone(mft_context *ctx, mft_tensor *x,
     return y;
 }
 
+/* Leaves 0 or 2 bytes a number of a tensor that lies on top of the forward end, at `mark`; returns where the end is then. */
+static mft__mark mft__input_end(mft_context *ctx, mft_tensor *x, mft__mark mark, size_t keep)
+{
+    uint16_t     part[512];
+    mft__tensor *t = mft__of(x);
+    int64_t      n = mft_tensor_numel(x), i, count;
+    size_t       bytes = mft__round64(mft__grad_bytes(x)), left = mft__round64((size_t)n * keep);
+    if (t->kind != MFT__STEP_TENSOR || n == 1 || !ctx->arena.n_chunks || mark.low < bytes
+        || (char *)x->data != ctx->arena.chunks[mark.chunk].base + mark.low - bytes) return mark;
+    for (i = 0; keep && i < n && MFT__RUNS(ctx); i += count) {
+        count = mft__min(n - i, 512);
+        ctx->kernels->from_float(part, MFT_BF16, (const float *)x->data + i, count);
+        memcpy((uint16_t *)x->data + i, part, (size_t)count * sizeof *part);
+    }
+    if (keep) t->packed = 1; else { t->consumed = 1; x->data = NULL; }
+    mark.low -= bytes - left;
+    mft__low_pop(ctx, mark);
+    return mark;
+}
+
 static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)
 {
     mft_checkpoint_fn fn;
@@ -4515,6 +4538,12 @@ static void mft__checkpoint_backward(mft_context *ctx, mft__record *r)
     memcpy(&fn, &r->p[0], sizeof fn);
     x = mft__alias(ctx, r->in[0]);
     if (!x) return;
+    if (mft__of(r->in[0])->packed) {
+        float *numbers = (float *)mft__low(ctx, mft__grad_bytes(x));
+        if (!numbers) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+        if (MFT__RUNS(ctx)) ctx->kernels->to_float(numbers, x->data, MFT_BF16, mft_tensor_numel(x));
+        x->data = numbers;
+    }
     ctx->tape = NULL;
     ctx->draw_index = (uint64_t)r->i[0];
     was = mft_grad_enable(ctx, 1);                              /* mft_backward may be called where recording is off */
@@ -4631,9 +4660,10 @@ MFT_API mft_tensor *mft_checkpoint(mft_context *ctx, mft_checkpoint_fn fn, mft_t
     mft__record *r;
     mft_tensor  *y, *kept;
     uint64_t     draws;
-    int          was, saw, needs, was_recomputing;
+    int          was, saw, needs, was_recomputing, ends = ctx ? ctx->input_ends : 0;
 
     if (!mft__op_inputs(ctx, "mft_checkpoint", ctx && fn && mft__fresh(x))) return NULL;
+    ctx->input_ends = 0;
     mark  = mft__low_mark(ctx);
     draws = ctx->draw_index;
     saw   = ctx->saw_trainable;
@@ -4651,6 +4681,8 @@ MFT_API mft_tensor *mft_checkpoint(mft_context *ctx, mft_checkpoint_fn fn, mft_t
     if (!y || y == x) return y;
 
     mft__low_pop(ctx, mark);                                    /* all of fn's tensors go; the result moves down */
+    if (ends && !(was && needs)) mark = mft__input_end(ctx, x, mark, 0);
+    else if (ends == 2)          mark = mft__input_end(ctx, x, mark, 2);
     kept = mft__tensor_step(ctx, y->ndim, y->shape);
     if (!kept) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
     if (MFT__RUNS(ctx)) memmove(kept->data, y->data, mft__grad_bytes(y));

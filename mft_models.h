@@ -389,6 +389,8 @@ typedef struct mft_model_desc {
     int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
     int         grad_checkpointing;         /* keep each block's input only, recompute the rest: 1 in all blocks, -1 in none
                                                [0 = a trainer picks the fewest blocks, see mft_plan; without one, none]  */
+    int         checkpoint_bf16;            /* keep those inputs in bf16, half the memory. Losses stay the same to the bit; gradients are
+                                               those of blocks whose inputs were rounded (by 2^-9 at most, relative)  [false] */
 } mft_model_desc;
 
 /* Maps the snapshot; frozen matrices stay in the file, in their own dtype, small vectors are held in f32.
@@ -11295,7 +11297,9 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
         /* below the lowest that is trained a checkpoint costs nothing: it only gives the block's memory back */
         trains = trains || x->trainable || mft__block_trains(m, layer);
         if (trains && ctx->grad_enabled) n_trained++;
-        x = n_trained && m->n_recomputed >= 0 && n_trained > m->n_recomputed ? mft__block(ctx, x, call) : mft_checkpoint(ctx, mft__block, x, call);
+        if (n_trained && m->n_recomputed >= 0 && n_trained > m->n_recomputed) { x = mft__block(ctx, x, call); continue; }
+        ctx->input_ends = m->desc.checkpoint_bf16 ? 2 : 1;
+        x = mft_checkpoint(ctx, mft__block, x, call);
     }
     if (x && m->on_undone) x = mft__when_undone(ctx, x, m->on_undone, m->on_undone_user, layer);
     return x ? mft__norm(m, m->final_norm_w, m->final_norm_b, x) : NULL;

@@ -23,7 +23,7 @@ typedef struct run {
     char      error[1024];
 } run;
 
-typedef struct way { int checkpointing, full, targets_mlp, from_layer, threads; size_t budget; double dropout; } way;
+typedef struct way { int checkpointing, bf16, full, targets_mlp, from_layer, threads; size_t budget; double dropout; } way;
 
 /* Trains some steps on one batch. */
 static mft_status train(const char *fixture, way w, run *r)
@@ -46,7 +46,7 @@ static mft_status train(const char *fixture, way w, run *r)
     memset(r, 0, sizeof *r);
     memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&ld, 0, sizeof ld); memset(&td, 0, sizeof td); memset(&b, 0, sizeof b);
     cd.n_threads = w.threads ? w.threads : 2; cd.memory_budget = w.budget; cd.seed = 3;
-    md.train_all = w.full; md.grad_checkpointing = w.checkpointing;
+    md.train_all = w.full; md.grad_checkpointing = w.checkpointing; md.checkpoint_bf16 = w.bf16;
     ld.rank = 4; ld.targets = w.targets_mlp ? "all-linear" : NULL; ld.dropout = (float)w.dropout;
     if (w.from_layer) ld.targets = ".*\\.1\\..*(c_attn|q_proj)";
     td.learning_rate = 1e-2; td.micro_batch = BATCH;
@@ -436,9 +436,34 @@ static void test_assets(void)    { SKIP("no mapping in this build"); }
 static void test_shortened(void) { SKIP("no mapping in this build"); }
 #endif
 
+/* Blocks' inputs kept in bf16: the first loss to the bit, gradients to the rounding of 2^-9 and not closer, less kept. */
+static void test_bf16_checkpoints(void)
+{
+    int f, full;
+    for (f = 0; fixtures[f]; f++)
+        for (full = 0; full < 2; full++) {
+            way    w;
+            run    exact, half;
+            double gap;
+            memset(&w, 0, sizeof w);
+            w.checkpointing = 1; w.full = full; w.targets_mlp = 1;
+            CHECK(train(fixtures[f], w, &exact) == MFT_OK);
+            w.bf16 = 1;
+            CHECK_MSG(train(fixtures[f], w, &half) == MFT_OK, "%s", half.error);
+            gap = fabs(half.norm[0] - exact.norm[0]) / exact.norm[0];
+            CHECK_MSG(half.loss[0] == exact.loss[0] && gap < 4e-3 && gap > 1e-7, "%s, full %d: loss %.9g and %.9g, norms apart by %.2g", fixtures[f], full, exact.loss[0], half.loss[0], gap);
+            CHECK_MSG(fabs(half.loss[STEPS - 1] - exact.loss[STEPS - 1]) < 1e-2 * exact.loss[STEPS - 1], "%s: %.9g and %.9g", fixtures[f], exact.loss[STEPS - 1], half.loss[STEPS - 1]);
+            CHECK_MSG(half.plan.activations < exact.plan.activations && half.plan.step <= exact.plan.step, "%s: activations %llu and %llu, steps %llu and %llu", fixtures[f],
+                      (unsigned long long)exact.plan.activations, (unsigned long long)half.plan.activations, (unsigned long long)exact.plan.step, (unsigned long long)half.plan.step);
+            CHECK(half.peak <= exact.peak && half.after[STEPS - 1] == half.after[1]);
+            free(exact.weights); free(half.weights);
+        }
+}
+
 int main(void)
 {
     if (!room_make("budget")) return 1;
+    TEST(test_bf16_checkpoints);
     TEST(test_assets);
     TEST(test_shortened);
     TEST(test_pieces);

@@ -33,7 +33,7 @@ typedef struct options {
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, index_above, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
-    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, no_special, update_in_backward, json, ignore_eos;
+    int     full, plan, no_pack, no_shuffle, assistant_loss_only, train_on_prompt, grad_checkpointing, no_grad_checkpointing, checkpoint_bf16, no_special, update_in_backward, json, ignore_eos;
     int     use_rslora, use_dora, help, load_best, skip_bad_lines;
     double  eval_split;
     const char *split, *subject, *choices, *system, *name, *sample_prompt;
@@ -107,6 +107,7 @@ static const flag flags[] = {
     { "no-shuffle",         SWITCH,  AT(no_shuffle),         0, 0, NULL,   "the order of the file" },
     { "precision",          STRING,  AT(precision),          0, 0, "KIND", "of matrix products: f32 or bf16                              [f32]" },
     { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute every block in the backward pass: least memory     [as many as it takes]" },
+    { "checkpoint-bf16",    SWITCH,  AT(checkpoint_bf16),    0, 0, NULL,   "recomputed blocks keep their inputs in bf16: half the memory, rounded gradients" },
     { "quantize",           STRING,  AT(quantize),           0, 0, "KIND", "hold the frozen blocks as q8_0 or q4_0                       [none]" },
     { "no-grad-checkpointing", SWITCH,  AT(no_grad_checkpointing), 0, 0, NULL, "recompute none: fastest" },
     { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory to use, weights in it: 512M, 2G                  [no limit]" },
@@ -1220,7 +1221,7 @@ static int run_finetune(const options *given)
     if (saves(&o)) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
-    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing;
+    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing; md.checkpoint_bf16 = o.checkpoint_bf16;
     if ((status = load_model(&o, &s, &md)) != MFT_OK) goto failed;
     if (format != MFT_DATA_TOKENS && (status = mft_tokenizer_load(s.ctx, o.model, &s.tok)) != MFT_OK) {
         if (status != MFT_ERR_IO) goto failed;
@@ -2447,7 +2448,7 @@ static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward seed assistant-loss-only train-on-prompt "
-      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines index index-above no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing memory-budget "
+      "chat-template text-key prompt-key completion-key messages-key skip-bad-lines index index-above no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing checkpoint-bf16 memory-budget "
       "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
