@@ -1715,6 +1715,7 @@ typedef struct mft__gemm_job {
     const struct mft__gemm_row *row;
     mft__matrix  s, v;
     int64_t      s_count, v_begin, v_count, k;     /* v_begin: the block of lanes at hand      */
+    int64_t      v_next;                           /* lanes after it that the same task will pack */
     int          s_terms, v_terms;                 /* bf16 terms of each number; floats: 1     */
     float        alpha;
     const float *bias;                             /* along n, the columns of c                */
@@ -1725,6 +1726,10 @@ typedef struct mft__gemm_job {
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
     size_t       scratch_bytes;
 } mft__gemm_job;
+
+/* Memory that will be needed soon: `rows` pieces of `bytes`, pitch apart, asked for a few lines at a time between
+ * steps of k. All at once they would fill the core's few places for lines under way, and the products would wait. */
+typedef struct mft__ahead { const char *p; int64_t bytes, pitch, rows, at; } mft__ahead;      /* at: bytes asked of this row */
 
 /* A strip of s against the panels of v, over one block of k. Both are made of cells of 32 bits: a float,
  * or a pair of bf16 neighbours in k. */
@@ -1738,6 +1743,7 @@ typedef struct mft__gemm_strip {
     int64_t      s_term, v_step, v_panel;          /* from a term of s, a cell of v, a panel to the next; pairs and terms
                                                       are always packed, so there v_step is lanes */
     int          s_terms, v_terms;
+    mft__ahead   ahead[2];                         /* memory to ask for meanwhile              */
 } mft__gemm_strip;
 
 enum { MFT__KC      = 256,                         /* k goes in blocks: a strip of s stays in the first cache */
@@ -1746,6 +1752,9 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
        MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
+       MFT__ASK_STEPS = 16,                        /* steps of k between two askings ahead     */
+       MFT__COLUMN_LANES = 128,                    /* that a task packs for itself at a time   */
+       MFT__NEAR    = 1 << 18,                     /* so many packed numbers stay in the second cache */
        MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
        MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
 
@@ -1756,6 +1765,24 @@ typedef struct mft__gemm_row {
     void    (*strip)(const mft__gemm_strip *x);
     mft__task pack, tiles, columns, dots, sums;    /* of a mft__gemm_job, see mft__gemm        */
 } mft__gemm_row;
+
+/* Copies what a strip is to ask for; returns how many lines each time, if there are so many times. */
+MFT__UNUSED static int64_t mft__lines(const mft__gemm_strip *x, mft__ahead *a, int64_t times)
+{
+    memcpy(a, x->ahead, sizeof x->ahead);
+    return (a[0].rows * ((a[0].bytes + 63) / 64) + a[1].rows * ((a[1].bytes + 63) / 64) + times - 1) / times;
+}
+
+MFT__UNUSED static inline void mft__ask(mft__ahead *a, int64_t lines)
+{
+    for (; lines > 0; lines--) {
+        if (!a->rows) { a[0] = a[1]; a[1].rows = 0; }
+        if (!a->rows) return;
+        __builtin_prefetch(a->p + a->at, 0, 2);
+        a->at += 64;
+        if (a->at >= a->bytes) { a->at = 0; a->p += a->pitch; a->rows--; }
+    }
+}
 
 /* Numbers [B, T, heads, D] where they lie; D side by side. */
 typedef struct mft__heads { float *p; int64_t batch, token, head; } mft__heads;
@@ -2101,7 +2128,8 @@ static int mft__usable_amx(void)
 MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
 {
     struct { uint8_t palette, start, none[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
-    int64_t l, p, pitch = MFT__STRIDE * 4;
+    mft__ahead ahead[2];
+    int64_t l, p, pitch = MFT__STRIDE * 4, ask = mft__lines(x, ahead, ((x->lanes - 1) / 32 + 1) * ((x->cells - 1) / 16 + 1));
     int     i, j, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms, low = x->h > 16;
     memset(&config, 0, sizeof config);
     config.palette = 1;
@@ -2118,7 +2146,7 @@ MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
             if (low)          MFT__TILE_LOAD(2, t + down, x->ld * 4);
             if (low && right) MFT__TILE_LOAD(3, t + down + 16, x->ld * 4);
         } else { MFT__TILE_ZERO(0); MFT__TILE_ZERO(1); MFT__TILE_ZERO(2); MFT__TILE_ZERO(3); }
-        for (p = 0; p < x->cells; p += 16) for (j = x->v_terms - 1; j >= 0; j--) {
+        for (p = 0; p < x->cells; p += 16) for (mft__ask(ahead, ask), j = x->v_terms - 1; j >= 0; j--) {
             const float *b = v + (j * x->cells + p) * 32;
             MFT__TILE_LOAD(6, b, 128);
             if (right) MFT__TILE_LOAD(7, b + 16, 128);
@@ -2168,10 +2196,12 @@ MFT__NEON_BF16_TARGET static inline float32x4_t mft__bfmmla(float32x4_t c, float
 MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
 {
     float32x4_t c[4][4], b[4], a, v0, v1, w0, w1;
-    int64_t     l, p;
+    mft__ahead  ahead[2];
+    int64_t     l, p, ask = mft__lines(x, ahead, (x->lanes - 1) / 8 + 1);
     int         i, j, r, q, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms;
     for (l = 0; l < x->lanes; l += 8) {
         const float *panel = x->v + l / 16 * 16 * x->cells * x->v_terms + l % 16;
+        mft__ask(ahead, ask);
         MFT__UNROLL
         for (r = 0; r < 4; r++) {
             MFT__UNROLL
@@ -2327,18 +2357,24 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   sums     few rows in a, b lies along n: rows of b added up where they lie (decoding)
  *
  *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
- *   follow the number of threads. Of the multiply-adds' peak, on two cores of a
- *   Zen 4 with AVX-512 (`mft bench kernels`: 236.6 GFLOPS): x w^T 128 x 4864 x 896 82 % (f32 w), 86 % (bf16,
- *   in place), 77 % (Q8_0), 83 % (Q4_0); dy w 79 %; dy^T x 768 x 3072 x 1024 74 %. */
+ *   follow the number of threads. The register tile alone reaches 98 % of the multiply-adds' peak; what is lost
+ *   goes into packing and waiting for memory, so each strip asks ahead for what comes next (mft__ask): without
+ *   that a fifth of the time passes waiting. On one core of a Xeon (Emerald Rapids class, AVX-512, `mft bench
+ *   kernels --threads 1`, peak 198 GFLOPS): x w^T 128 x 4864 x 896 84 % (f32 w), 85 % (bf16, in place), 62 %
+ *   (Q8_0), 73 % (Q4_0); dy w 74 %; dy^T x 768 x 3072 x 1024 72 %. With the AVX2 row 82, 82, 75, 79, 77, 75 %. */
 typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS } mft__gemm_way;
 
-/* Vector operations per unit of k: the products, packing (a turned vector takes its log2 more), the way
- * out spread over k. */
+/* So few strips that packed lanes are not worth sharing: see `columns`. */
+static int mft__gemm_few_strips(const mft__gemm_job *g) { return g->s_count <= 256; }
+
+/* Multiply-adds per unit of k, and what else takes the time of so many, as measured on AVX-512: to pack a vector of v
+ * (to turn it), a number of s for each block of lanes, and the way out spread over k. */
 static double mft__gemm_cost(const mft__gemm_row *row, const mft__gemm_job *g)
 {
     double v = (double)(mft__round_up(g->v_count, row->width) / row->width), s = (double)mft__round_up(g->s_count, row->height / 3);
-    double pack_v = v * (g->v.row_stride == 1 ? 3 : 16), pack_s = s * (g->s.col_stride == 1 ? 2.0 / row->width : g->s.dtype == MFT_F32 ? 0.5 : 6);
-    return s * v + pack_v + pack_s * (double)(1 + g->v_count / 256) + s * v * (g->swapped ? 6 : 2) / (double)g->k;
+    double pack_v = v * (g->v.row_stride == 1 ? 8 : 24);
+    double pack_s = s * (g->s.col_stride == 1 ? 9.0 / row->width : g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16 ? 20.0 / row->height : 6);
+    return s * v + pack_v + pack_s * (double)((g->v_count - 1) / (mft__gemm_few_strips(g) ? MFT__COLUMN_LANES : 256) + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
 }
 
 /* Where the two operands come from, and in how many bf16 terms. */
@@ -2518,7 +2554,7 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     else if (b.col_stride == 1 && m <= MFT__FEW_SUMS && a.dtype == MFT_F32) way = MFT__SUMS;
     else {
         if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
-        way = g.s_count <= 256 ? MFT__COLUMNS : MFT__TILES;
+        way = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
     }
 
     row    = g.row;
@@ -2536,9 +2572,11 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
         group  = MFT__SUMS_LANES;
         floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + m));
         break;
-    case MFT__COLUMNS:                                                  /* up to 128 lanes each, for even shares */
-        group   = mft__min64(128, mft__round_up(1 + g.v_count / (8 * threads), row->lanes));
-        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC))) * group);
+    case MFT__COLUMNS:                                                  /* up to 4 blocks of lanes each, for even shares */
+        group   = mft__round_up(1 + g.v_count / (6 * threads), row->lanes);
+        if (group > MFT__COLUMN_LANES) group = mft__min64(4, group / MFT__COLUMN_LANES) * MFT__COLUMN_LANES;
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC)))
+                           * mft__min64(group, MFT__COLUMN_LANES));
         break;
     default:                                                            /* up to 8 strips each, likewise */
         lanes   = mft__min64(256, mft__round_up(g.v_count, row->lanes));
@@ -5827,13 +5865,21 @@ MFT__BODY void MFT__FN(gemm_pack)(void *arg, int64_t begin, int64_t end, int wor
 /* Strips of the scalar side, h rows from row i on: [row][cell], or [k][row] where floats lie so. */
 MFT__BODY void MFT__FN(gemm_strip)(const mft__gemm_job *g, float *strip, int64_t i, int64_t h, int64_t p0, int64_t kc)
 {
+    enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
     float   rows[MFT__KC + 64];
     int64_t height = g->row->height, cells = mft__gemm_cells(g->row, kc), j, p;
     int     t, pairs = g->row->k_step > 1;
     if (g->s.col_stride != 1 && !pairs) {
+        /* vectors read past the strip, within the line of s, and write past it, where the next k writes */
+        int whole = h == MFT__H && height == MFT__H && i + READ <= g->s_count && (g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16);
         for (p = 0; p < kc; p++, strip += height) {
-            const float *src = MFT__FN(fetch)(rows, &g->s, i, p0 + p, h);
-            for (j = 0; j < height; j++) strip[j] = j < h ? src[j] : 0;
+            int64_t at = i + (p0 + p) * g->s.col_stride;
+            if (whole && g->s.dtype == MFT_F32) for (j = 0; j < MFT__H; j += MFT__W) MFT__STORE(strip + j, MFT__LOAD((const float *)g->s.data + at + j));
+            else if (whole) for (j = 0; j < MFT__H; j += MFT__W) MFT__STORE(strip + j, MFT__LOAD_BF16((const uint16_t *)g->s.data + at + j));
+            else {
+                const float *src = MFT__FN(fetch)(rows, &g->s, i, p0 + p, h);
+                for (j = 0; j < height; j++) strip[j] = j < h ? src[j] : 0;
+            }
         }
         return;
     }
@@ -5863,6 +5909,22 @@ MFT__HELP void MFT__FN(prefetch)(const mft__matrix *x, int64_t r, int64_t c, int
     const char *p    = (const char *)x->data + mft_dtype_bytes(x->dtype, (r * x->row_stride + c * x->col_stride) & ~(int64_t)31);
     int64_t     bytes = (int64_t)mft_dtype_bytes(x->dtype, n), pitch = (int64_t)mft_dtype_bytes(x->dtype, step * 32) / 32;
     for (i = 0; i < lines; i++, p += pitch) for (b = 0; b < bytes + 63; b += 64) __builtin_prefetch(p + b, 0, 2);   /* p may stand anywhere in its line */
+}
+
+/* What a strip is to ask for while it multiplies: x's numbers [r, r + rows) x [c, c + cols), of them the
+ * share `part` of `parts`. */
+MFT__BODY mft__ahead MFT__FN(ahead)(const mft__matrix *x, int64_t r, int64_t rows, int64_t c, int64_t cols, int64_t part, int64_t parts)
+{
+    int        by_row = x->col_stride == 1;
+    int64_t    n = by_row ? rows : cols, first = n * part / parts;
+    mft__ahead a;
+    a.pitch = (int64_t)mft_dtype_bytes(x->dtype, 32 * (by_row ? x->row_stride : x->col_stride)) / 32;
+    a.p     = (const char *)x->data + mft_dtype_bytes(x->dtype, (r * x->row_stride + c * x->col_stride) & ~(int64_t)31) + first * a.pitch;
+    a.bytes = (int64_t)mft_dtype_bytes(x->dtype, by_row ? cols : rows) + (int64_t)((uintptr_t)a.p % 64);
+    a.p    -= (uintptr_t)a.p % 64;
+    a.rows  = n * (part + 1) / parts - first;
+    a.at    = 0;
+    return a;
 }
 
 /* Rows [begin, end) of c's tile, lanes from v_begin on, to where they belong. */
@@ -5902,6 +5964,29 @@ MFT__BODY void MFT__FN(gemm_out)(const mft__gemm_job *g, const float *tile, int6
     }
 }
 
+/* What comes after the strip of row i and this block of k: the next strip of s; of v the next block of k, in panels
+ * unless the second cache still has them, or where the task's next lanes lie; at last the place in c. Of the latter
+ * each strip asks for its share. */
+MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t kc)
+{
+    int64_t     height = g->row->height, parts = (end - begin - 1) / height + 1, part = (i - begin) / height;
+    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc);
+    mft__matrix from = { NULL, MFT_F32, 16, 1 };
+    memset(x->ahead, 0, sizeof x->ahead);
+    if (i + height < end) x->ahead[0] = MFT__FN(ahead)(&g->s, i + height, mft__min64(end - i - height, height), p0, kc, 0, 1);
+    else if (next)        x->ahead[0] = MFT__FN(ahead)(&g->s, begin, mft__min64(end - begin, height), p0 + kc, next, 0, 1);
+    if (next && g->packed) {
+        from.data = g->packed + g->v_terms * cells * x->ld;
+        if (g->k * x->ld > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * x->ld * mft__gemm_cells(g->row, next) / 16, 0, 16, part, parts);
+    } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, part, parts);
+    else if (g->v_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin + g->v_count, g->v_next, 0, mft__min64(g->k, MFT__KC), part, parts);
+    else {
+        from.data = g->c; from.row_stride = g->ldc;
+        if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, part, parts);
+        else            x->ahead[1] = MFT__FN(ahead)(&from, begin, end - begin, g->v_begin, g->v_count, part, parts);
+    }
+}
+
 /* Rows [begin, end) of the scalar side against a block of lanes: all of k, then the way out. packed NULL:
  * the lanes are packed here, one block of k after the other, into the worker's own scratch. */
 MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_t end, int worker)
@@ -5934,10 +6019,7 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
             x.h = mft__min64(end - i, height);
             x.tile = tile + (i - begin) * x.ld;
             MFT__FN(gemm_strip)(g, strip, i, x.h, p0, kc);
-            if (g->s.col_stride == 1) {                         /* the next strip, or the first of the next block of k */
-                if (i + height < end)      MFT__FN(prefetch)(&g->s, i + height, p0, mft__min64(end - i - height, height), kc);
-                else if (p0 + kc < g->k)   MFT__FN(prefetch)(&g->s, begin, p0 + kc, mft__min64(end - begin, height), mft__min64(g->k - p0 - kc, MFT__KC));
-            }
+            MFT__FN(gemm_ahead)(g, &x, begin, end, i, p0, kc);
             g->row->strip(&x);
         }
     }
@@ -5952,8 +6034,12 @@ MFT__BODY void MFT__FN(gemm_tiles)(void *arg, int64_t begin, int64_t end, int wo
 MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int worker)
 {
     mft__gemm_job g = *(const mft__gemm_job *)arg;
-    g.v_begin = begin; g.v_count = end - begin; g.packed = NULL;
-    MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
+    g.packed = NULL;
+    for (; begin < end; begin += g.v_count) {
+        g.v_begin = begin; g.v_count = mft__min64(end - begin, MFT__COLUMN_LANES);
+        g.v_next  = mft__min64(end - begin - g.v_count, MFT__COLUMN_LANES);
+        MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
+    }
 }
 
 /* the MFT__W numbers at x: folded to four, then added */
@@ -6537,7 +6623,7 @@ MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int
  * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). */
 MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline
 void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, float *tile, int64_t ld, int add,
-                                  const float *s, const float *v, int64_t v_step, int64_t cells)
+                                  const float *s, const float *v, int64_t v_step, int64_t cells, mft__ahead *ahead, int64_t ask)
 {
     MFT__V  c[MFT__H][MFT__P], b[MFT__P], x;
     int64_t p;
@@ -6547,14 +6633,17 @@ void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, float
         MFT__UNROLL
         for (j = 0; j < nv; j++) c[i][j] = MFT__SET1(0.0f);
     }
-    for (p = 0; p < cells; p++, s += s_p, v += v_step) {
-        MFT__UNROLL
-        for (j = 0; j < nv; j++) b[j] = MFT__LOAD(v + j * MFT__W);
-        MFT__UNROLL
-        for (i = 0; i < h; i++) {
-            x = MFT__SET1(s[i * s_i]);
+    for (; cells > 0; cells -= MFT__ASK_STEPS) {
+        mft__ask(ahead, ask);
+        for (p = mft__min64(cells, MFT__ASK_STEPS); p > 0; p--, s += s_p, v += v_step) {
             MFT__UNROLL
-            for (j = 0; j < nv; j++) c[i][j] = MFT__STEP(x, b[j], c[i][j]);
+            for (j = 0; j < nv; j++) b[j] = MFT__LOAD(v + j * MFT__W);
+            MFT__UNROLL
+            for (i = 0; i < h; i++) {
+                x = MFT__SET1(s[i * s_i]);
+                MFT__UNROLL
+                for (j = 0; j < nv; j++) c[i][j] = MFT__STEP(x, b[j], c[i][j]);
+            }
         }
     }
     MFT__UNROLL
@@ -6572,10 +6661,11 @@ void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, float
 MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 {
     enum { LANES = MFT__P * MFT__W };
-    int64_t l;
+    mft__ahead ahead[2];
+    int64_t    l, ask = mft__lines(x, ahead, ((x->lanes - 1) / LANES + 1) * ((x->cells - 1) / MFT__ASK_STEPS + 1));
 #define MFT__TILE(h, nv) do {                                                                                                                  \
-        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells);           \
-        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells); } while (0)
+        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells, ahead, ask);  \
+        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells, ahead, ask); } while (0)
     for (l = 0; l < x->lanes; l += LANES) {
         const float *v = x->v + l / LANES * x->v_panel;
         int          narrow = x->lanes - l <= MFT__W;
