@@ -2564,7 +2564,7 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     switch (way) {
     case MFT__DOTS:
         flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
-        group   = mft__round_up(1 + 65536 / k, 4);
+        group   = mft__round_up(mft__min64(1 + g.s_count / (4 * threads), 1 + 262144 / k), 4);     /* each begins its streams anew */
         floats  = (size_t)(mft__round_up(g.v_count, 4) * 8 * row->width);
         if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
         break;
@@ -6342,6 +6342,33 @@ MFT__HELP void MFT__FN(tile_spread)(const mft__attention_job *a, float *panel, c
     }
 }
 
+/* Does column j of a tile's row i count? keys: the tile's rows are keys from `key` on and its lanes queries, or the other
+ * way round. */
+MFT__HELP int MFT__FN(sees)(const int32_t *first, const int32_t *end, int64_t key, int keys, int64_t i, int64_t j)
+{
+    return keys ? key + i >= first[j] && key + i < end[j] : key + j >= first[i] && key + j < end[i];
+}
+
+/* tile_spread where some lanes do not see some rows: their weights are zeros, but zero times a NaN or an infinity is none.
+ * Rows that are not finite are added number by number, to the lanes that see them. */
+MFT__BODY void MFT__FN(tile_spread_seen)(const mft__attention_job *a, float *panel, const float *copy, const float *tile, int64_t lanes,
+                                         int64_t begin, int64_t end, const int32_t *first, const int32_t *last, int64_t key, int keys)
+{
+    enum { LANES = MFT__P * MFT__W };
+    int64_t i, j, d, good = begin;
+    for (i = begin; i < end; i++) {
+        const float *row = copy + i * MFT__STRIDE;
+        MFT__V bad = MFT__SET1(0.0f);
+        for (d = 0; d < a->D; d += MFT__W) bad += MFT__LOAD(row + d / MFT__KC * MFT__COPY + d % MFT__KC) * MFT__SET1(0.0f);
+        if (MFT__FN(lanes_sum)(bad) == 0) continue;
+        if (good < i) MFT__FN(tile_spread)(a, panel, copy, tile, lanes, good, i);
+        good = i + 1;
+        for (d = 0; d < a->D; d++) for (j = 0; j < lanes; j++)
+            if (MFT__FN(sees)(first, last, key, keys, i, j)) panel[d * LANES + j] += row[d / MFT__KC * MFT__COPY + d % MFT__KC] * tile[i * LANES + j];
+    }
+    if (good < end) MFT__FN(tile_spread)(a, panel, copy, tile, lanes, good, end);
+}
+
 /* What each row of a list sees, and of all of them together. Lanes past n see everything: nothing leaves them. */
 typedef struct MFT__FN(seen) { int32_t first[MFT__SEEN_TILE], end[MFT__SEEN_TILE], all_first, all_end, some_first, some_end; } MFT__FN(seen);     /* more than there are lanes */
 
@@ -6441,7 +6468,7 @@ MFT__BODY void MFT__FN(attention)(void *arg, int64_t begin, int64_t end, int wor
     float  *k = tile + LANES * (int64_t)MFT__SEEN_TILE, *v = k + (1 + (a->D - 1) / MFT__KC) * MFT__COPY;
     float   high[N][LANES], sum[N][LANES], fade[LANES];
     MFT__FN(seen) seen[N];
-    int     x, j, faded;
+    int     x, j, faded, whole;
     for (; begin < end; begin++) {
         MFT__FN(attention_block)(a, begin, 1, &b, &kv, &r0);
         first = a->S; last = 0;
@@ -6462,15 +6489,16 @@ MFT__BODY void MFT__FN(attention)(void *arg, int64_t begin, int64_t end, int wor
                 lo = mft__max64(seen[x].some_first - s, 0); hi = mft__min64(seen[x].some_end - s, c);
                 if (!n[x] || lo >= hi) continue;
                 MFT__FN(tile_scores)(a, tile, k, q + x * size, n[x], lo, hi);
-                if (s + lo >= seen[x].all_first && s + hi <= seen[x].all_end)
-                     MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 1, high[x], sum[x], fade);
-                else MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 0, high[x], sum[x], fade);
+                whole = s + lo >= seen[x].all_first && s + hi <= seen[x].all_end;
+                if (whole) MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 1, high[x], sum[x], fade);
+                else       MFT__FN(tile_weights)(a, tile, s, lo, hi, n[x], &seen[x], 0, high[x], sum[x], fade);
                 for (faded = 0, j = 0; j < n[x]; j++) faded |= fade[j] != 1;
                 for (i = 0; faded && i < a->D; i++) for (j = 0; j < n[x]; j += MFT__W) {
                     float *o = out + x * size + i * LANES + j;
                     MFT__STORE(o, MFT__LOAD(o) * MFT__LOAD(fade + j));
                 }
-                MFT__FN(tile_spread)(a, out + x * size, v, tile, n[x], lo, hi);
+                if (whole) MFT__FN(tile_spread)(a, out + x * size, v, tile, n[x], lo, hi);
+                else       MFT__FN(tile_spread_seen)(a, out + x * size, v, tile, n[x], lo, hi, seen[x].first, seen[x].end, s, 1);
             }
         }
         for (x = 0; x < N; x++) {
@@ -6541,7 +6569,8 @@ MFT__BODY void MFT__FN(attention_dq)(void *arg, int64_t begin, int64_t end, int 
                         MFT__STORE(dtile + i * LANES + j, ds);
                     }
                 }
-                MFT__FN(tile_spread)(a, dq + x * size, k, dtile, n[x], lo, hi);
+                if (whole) MFT__FN(tile_spread)(a, dq + x * size, k, dtile, n[x], lo, hi);
+                else       MFT__FN(tile_spread_seen)(a, dq + x * size, k, dtile, n[x], lo, hi, seen[x].first, seen[x].end, s, 1);
             }
         }
         for (x = 0; x < N; x++) MFT__FN(panel_out)(dq + x * size, a, &a->dq, a->G, b, kv, r0 + x * LANES, n[x], scale, a->add_q);
@@ -6600,8 +6629,10 @@ MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int
                     MFT__STORE(tile  + i * LANES + j, p);
                     MFT__STORE(dtile + i * LANES + j, ds);
                 }
-                if (a->dk.p) MFT__FN(tile_spread)(a, dk + x * size, q,    dtile, n[x], lo, hi);
-                if (a->dv.p) MFT__FN(tile_spread)(a, dv + x * size, dout, tile,  n[x], lo, hi);
+                if (a->dk.p && whole)  MFT__FN(tile_spread)(a, dk + x * size, q,    dtile, n[x], lo, hi);
+                if (a->dv.p && whole)  MFT__FN(tile_spread)(a, dv + x * size, dout, tile,  n[x], lo, hi);
+                if (a->dk.p && !whole) MFT__FN(tile_spread_seen)(a, dk + x * size, q,    dtile, n[x], lo, hi, seen.first, seen.end, key, 0);
+                if (a->dv.p && !whole) MFT__FN(tile_spread_seen)(a, dv + x * size, dout, tile,  n[x], lo, hi, seen.first, seen.end, key, 0);
             }
         }
         for (x = 0; x < N; x++) {

@@ -949,6 +949,71 @@ static void test_attention(void)
     c = attention_case("attention, one query",           1, 1, 13, 4, 2, 7, 0, 0, 0, NULL);                 run_case(&c, 2e-6, 5e-6);
 }
 
+/* A NaN or an infinity among queries, keys or values reaches what depends on it, and nothing else: not the queries
+ * that do not see the key, though they are computed beside those that do. */
+enum { BAD_T = 150, BAD_D = 33 };
+static int bad_sees(int64_t t, int64_t s, int window, const int32_t *first_key) { return s <= t && (!window || s > t - window) && (!first_key || s >= first_key[t]); }
+
+static int64_t bad_numbers(mft_context *ctx, int part, int at, float bad, int window, const int32_t *first_key)
+{
+    mft_tensor *in[3], *y;
+    mft_attention_desc d;
+    int64_t     shape[4] = { 1, BAD_T, 2, BAD_D }, wrong = 0, t, s, i, n;
+    uint32_t    seed = 5;
+    int         p;
+    memset(&d, 0, sizeof d);
+    d.window = window; d.first_key = first_key;
+    for (p = 0; p < 3; p++) {
+        shape[2] = p ? 1 : 2;
+        in[p] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 4, shape);
+        n = shape[2] * BAD_D;
+        for (i = 0; i < BAD_T * n; i++) ((float *)in[p]->data)[i] = test_random(&seed);
+        for (i = 0; p == part && i < n; i++) ((float *)in[p]->data)[at * n + i] = bad;
+        in[p]->trainable = 1;
+    }
+    y = mft_attention(ctx, in[0], in[1], in[2], &d);
+    for (t = 0; t < BAD_T; t++) for (i = 0; i < 2 * BAD_D; i++) {
+        float v = ((float *)y->data)[t * 2 * BAD_D + i];
+        wrong += (v - v != 0) != (part ? bad_sees(t, at, window, first_key) : t == at);
+    }
+    CHECK(mft_backward(ctx, mft_sum(ctx, y)) == MFT_OK);
+    for (t = 0; t < BAD_T; t++) for (i = 0; i < 2 * BAD_D; i++) {
+        float v = ((float *)in[0]->grad->data)[t * 2 * BAD_D + i];
+        wrong += (v - v != 0) != (part ? bad_sees(t, at, window, first_key) : t == at);
+    }
+    for (p = 1; p < 3; p++) for (s = 0; s < BAD_T; s++) {
+        int depends = part == 0 && bad_sees(at, s, window, first_key);
+        for (t = 0; t < BAD_T; t++) depends |= part && !(part == 2 && p == 2) && bad_sees(t, s, window, first_key) && bad_sees(t, at, window, first_key);
+        for (i = 0; i < BAD_D; i++) {
+            float v = ((float *)in[p]->grad->data)[s * BAD_D + i];
+            wrong += (v - v != 0) != depends;
+        }
+    }
+    mft_step_reset(ctx);
+    for (p = 0; p < 3; p++) mft_tensor_destroy(ctx, in[p]);
+    return wrong;
+}
+
+static void test_attention_not_finite(void)
+{
+    const char *row;
+    int         r, part, at, kind;
+    int32_t     documents[BAD_T];
+    for (r = 0; r < BAD_T; r++) documents[r] = r < 70 ? 0 : r < 131 ? 70 : 131;
+    for (r = 0; (row = mft_kernels_available(r)) != NULL; r++) {
+        mft_context_desc d;
+        mft_context     *ctx = NULL;
+        memset(&d, 0, sizeof d);
+        d.kernels = row; d.n_threads = 1;
+        CHECK(mft_context_create(&d, &ctx) == MFT_OK);
+        for (part = 0; part < 3; part++) for (at = 3; at < BAD_T; at += 71) for (kind = 0; kind < 3; kind++) {
+            int64_t wrong = bad_numbers(ctx, part, at, NAN, kind == 1 ? 40 : 0, kind == 2 ? documents : NULL);
+            CHECK_MSG(wrong == 0, "%s: NaN in %c at %d, kind %d: %d numbers", row, "qkv"[part], at, kind, (int)wrong);
+        }
+        mft_context_destroy(ctx);
+    }
+}
+
 /* The formulas of derivative_attention against differences, without the library. */
 static void test_attention_oracle(void)
 {
@@ -1461,6 +1526,7 @@ int main(void)
     TEST(test_views);
     TEST(test_matmul); TEST(test_gram); TEST(test_linear); TEST(test_lora_linear); TEST(test_dora_linear);
     TEST(test_embedding); TEST(test_norms); TEST(test_rope);
+    TEST(test_attention_not_finite);
     TEST(test_attention_oracle); TEST(test_attention); TEST(test_attention_long); TEST(test_attention_fused);
     TEST(test_cross_entropy); TEST(test_linear_cross_entropy); TEST(test_tied_head); TEST(test_micro_batch_without_labels);
     TEST(test_dropout); TEST(test_adapter_dropout); TEST(test_threads_same_bits);
