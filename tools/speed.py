@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """mft beside PyTorch and the tokenizers package on this machine, in one run: figures for the README, no test.
 
-    build/venv/bin/python tests/oracle/speed.py steps  CONFIG.json... [--full] [--dtype f32|bf16] [--batch 1] [--seq 128] [--steps 6]
+    build/venv/bin/python tools/speed.py steps  CONFIG.json... [--full] [--dtype f32|bf16] [--batch 1] [--seq 128] [--steps 6]
                                                        [--rounds 3] [--threads 2]
-    build/venv/bin/python tests/oracle/speed.py tokens TOKENIZER_DIR... --text FILE
+    build/venv/bin/python tools/speed.py tokens TOKENIZER_DIR... --text FILE
 
 steps: a random model of each config (`mft init`), then LoRA (rank 8, default targets) or full training steps of
 AdamW on the same random tokens by both, one program after the other in each of the rounds, on as many threads.
@@ -22,7 +22,7 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
+ROOT = os.path.dirname(HERE)
 MFT = os.environ.get("MFT_BIN") or os.path.join(ROOT, "build", "mft")
 
 
