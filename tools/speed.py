@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """mft beside PyTorch and the tokenizers package on this machine, in one run: figures for the README, no test.
 
-    build/venv/bin/python tools/speed.py steps  CONFIG.json... [--full] [--dtype f32|bf16] [--batch 1] [--seq 128] [--steps 6]
+    build/venv/bin/python tools/speed.py steps  CONFIG.json... [--full] [--recompute] [--dtype f32|bf16] [--batch 1] [--seq 128] [--steps 6]
                                                        [--rounds 3] [--threads 2]
     build/venv/bin/python tools/speed.py tokens TOKENIZER_DIR... --text FILE
 
@@ -10,6 +10,7 @@ AdamW on the same random tokens by both, one program after the other in each of 
 Speed is that of the median step after the first of each round; memory is the peak resident size of the whole
 process. The ratio is that of each round's medians: its median, least and greatest over the rounds. Losses are
 printed too: the first must agree (an adapter starts as nothing; then its random half counts). --dtype bf16 trains in bf16 in both.
+Both keep all activations; with --recompute mft does as without a flag: recomputes blocks where a step would take more than 80 MB.
 tokens: seconds to load, and encoding speed on one core, from the difference between a text and eight copies of it.
 """
 import argparse
@@ -105,7 +106,8 @@ def our_steps(tmp, model, data, args):
                               "--batch-size", args.batch, "--seq-len", args.seq, "--max-steps", args.steps, "--lr", "2e-4",
                               "--lr-scheduler", "constant", "--threads", args.threads, "--precision", args.dtype,
                               "--output", os.path.join(out, "adapter"), "--log", log]
-                             + (["--full"] if args.full else []), stderr=subprocess.DEVNULL)
+                             + (["--full"] if args.full else []) + ([] if args.recompute else ["--no-grad-checkpointing"]),
+                             stderr=subprocess.DEVNULL)
     with open(log) as f:
         rows = [json.loads(line) for line in f]
     ends = [row["elapsed_s"] for row in rows]
@@ -167,6 +169,7 @@ def main():
     ap.add_argument("what", nargs="+")
     ap.add_argument("--text")
     ap.add_argument("--full", action="store_true")
+    ap.add_argument("--recompute", action="store_true")
     ap.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
     ap.add_argument("--batch", type=int, default=1)
     ap.add_argument("--seq", type=int, default=128)
