@@ -117,7 +117,7 @@ static const flag flags[] = {
     { "resume-from",        STRING,  AT(resume_from),        0, 0, "DIR",  "go on from a checkpoint; latest: the newest in the save directory" },
     { "log",                STRING,  AT(log),                0, 0, "FILE", "one JSON object per step; settings and samples go into FILE.about.json, for mft report" },
     { "memory-trace",       STRING,  AT(memory_trace),       0, 0, "FILE", "resident memory every 5 ms with step and phase, as JSONL, or CSV if FILE ends in .csv; report: one for each LOG" },
-    { "samples",            INTEGER, AT(samples),            0, 16, "N",   "continue the first N held-out samples' prompts before and after training [0]" },
+    { "samples",            INTEGER, AT(samples),            0, 16, "N",   "continue N held-out prompts before and after training         [0]" },
     { "sample-prompt",      STRING,  AT(sample_prompt),      0, 0, "TEXT", "continue this as well; may be given several times" },
     { "name",               STRING,  AT(name),               0, 0, "NAME", "what the report calls a run; once for each LOG               [its file's name]" },
     { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
@@ -2478,7 +2478,7 @@ static const command commands[] = {
     { "report", "logs of runs as one page to look at in a browser", "PATHS name memory-trace output json",
       "  mft report run.jsonl --output report.html\n"
       "  mft report lora8.jsonl lora64.jsonl --name \"rank 8\" --name \"rank 64\" --output compared.html\n"
-      "  settings and samples come from run.jsonl.about.json, which finetune --log run.jsonl writes\n", run_report },
+      "  settings, samples and the place of the memory trace come from run.jsonl.about.json, which finetune --log run.jsonl writes\n", run_report },
     { "bench", "kernels, ops and training steps, measured beside the machine's peak", "PATH model full batch-size seq-len max-steps" COMMON,
       "  mft bench                                   everything; GPT-2 124M, Gemma-3-270M and Qwen2.5-0.5B with random weights\n"
       "  mft bench kernels --kernels avx2            one part of it: kernels, ops, steps, decode or threads\n"
