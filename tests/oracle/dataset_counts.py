@@ -14,7 +14,6 @@ never when it is its sample's first.
 import csv, glob, json, os, re, sys
 from transformers import AutoTokenizer
 
-root = sys.argv[1]
 ALPACA = {
     True: "Below is an instruction that describes a task, paired with an input that provides further context. "
           "Write a response that appropriately completes the request.\n\n### Instruction:\n{0}\n\n### Input:\n{1}\n\n### Response:",
@@ -86,27 +85,36 @@ def count(tokenizer, path, split, fmt, max_len, samples):
     return n
 
 
-cases = []
-for name in ["gpt2", "qwen2.5", "gemma3"]:
+def reference_tokenizer(root, name):
     tok = AutoTokenizer.from_pretrained(os.path.join(root, "tokenizers", name))
     if name == "gpt2":
         tok.eos_token = "<|endoftext|>"      # what the class of a GPT-2 snapshot says; its tokenizer_config.json does not
     tok.model_max_length = 1 << 40
-    chat = tok.chat_template is not None
-    for path in ["text/tiny_stories/stories.txt", "text/tinyshakespeare/train.txt", "text/wikitext-2-raw/wiki.valid.raw",
-                 "text/wikitext-2/wiki.test.tokens", "text/pubmedqa/contexts_valid.txt"]:
-        cases.append(count(name, path, "train", "text", 256, text_samples(tok, os.path.join(root, path), 256)))
-    for max_len in [256, 2048]:
-        for split in ["train", "valid", "test"]:
-            path = os.path.join(root, "text/pubmedqa", split + ".jsonl")
-            cases.append(count(name, "text/pubmedqa", split, "jsonl (messages)" if chat else "jsonl (instruction, output)", max_len,
-                               chat_samples(tok, path) if chat else alpaca_samples(tok, path)))
-        cases.append(count(name, "text/seed_tasks.jsonl", "train", "jsonl (instruction, output)", max_len,
-                           alpaca_samples(tok, os.path.join(root, "text/seed_tasks.jsonl"))))
-    if chat:
-        cases.append(count(name, "text/pubmedqa/chat_short_train.jsonl", "train", "jsonl (messages)", 128,
-                           chat_samples(tok, os.path.join(root, "text/pubmedqa/chat_short_train.jsonl"))))
-    for split, folder in [("train", "dev"), ("test", "test")]:
-        cases.append(count(name, "text/mmlu", split, "mmlu", 512, mmlu_samples(tok, os.path.join(root, "text/mmlu", folder))))
+    return tok
 
-print("[\n" + ",\n".join(json.dumps(c) for c in cases) + "\n]")
+
+def all_cases(root):
+    cases = []
+    for name in ["gpt2", "qwen2.5", "gemma3"]:
+        tok = reference_tokenizer(root, name)
+        chat = tok.chat_template is not None
+        for path in ["text/tiny_stories/stories.txt", "text/tinyshakespeare/train.txt", "text/wikitext-2-raw/wiki.valid.raw",
+                     "text/wikitext-2/wiki.test.tokens", "text/pubmedqa/contexts_valid.txt"]:
+            cases.append(count(name, path, "train", "text", 256, text_samples(tok, os.path.join(root, path), 256)))
+        for max_len in [256, 2048]:
+            for split in ["train", "valid", "test"]:
+                path = os.path.join(root, "text/pubmedqa", split + ".jsonl")
+                cases.append(count(name, "text/pubmedqa", split, "jsonl (messages)" if chat else "jsonl (instruction, output)", max_len,
+                                   chat_samples(tok, path) if chat else alpaca_samples(tok, path)))
+            cases.append(count(name, "text/seed_tasks.jsonl", "train", "jsonl (instruction, output)", max_len,
+                               alpaca_samples(tok, os.path.join(root, "text/seed_tasks.jsonl"))))
+        if chat:
+            cases.append(count(name, "text/pubmedqa/chat_short_train.jsonl", "train", "jsonl (messages)", 128,
+                               chat_samples(tok, os.path.join(root, "text/pubmedqa/chat_short_train.jsonl"))))
+        for split, folder in [("train", "dev"), ("test", "test")]:
+            cases.append(count(name, "text/mmlu", split, "mmlu", 512, mmlu_samples(tok, os.path.join(root, "text/mmlu", folder))))
+    return cases
+
+
+if __name__ == "__main__":
+    print("[\n" + ",\n".join(json.dumps(c) for c in all_cases(sys.argv[1])) + "\n]")
