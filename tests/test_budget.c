@@ -460,9 +460,135 @@ static void test_bf16_checkpoints(void)
         }
 }
 
+/* ---- what steps take: no more the longer they go on, linear in tokens, nothing for a vocabulary ---- */
+static size_t given, most_given;            /* what the allocator has out, to the byte */
+static void *count_alloc(void *user, size_t bytes, size_t align)
+{
+    void *p = NULL;
+    (void)user;
+    if (posix_memalign(&p, align, bytes) != 0) return NULL;
+    given += bytes;
+    if (given > most_given) most_given = given;
+    return p;
+}
+static void count_free(void *user, void *p, size_t bytes) { (void)user; given -= bytes; free(p); }
+
+/* 500 steps that are more than three epochs of rows of all lengths, evaluations among them: nothing grows behind step 2,
+ * and with the context all is back. */
+static void test_constant(void)
+{
+    int budgeted;
+    for (budgeted = 0; budgeted < 2; budgeted++) {
+        mft_context_desc  cd;
+        mft_dataset_desc  dd;
+        mft_trainer_desc  td;
+        mft_context      *ctx = NULL;
+        mft_model        *m = NULL;
+        mft_dataset      *data = NULL;
+        mft_trainer      *tr = NULL;
+        mft_progress      p;
+        size_t            now = 0, peak = 0, resident = 0;
+        int32_t           ids[80];
+        int               i, n = 0;
+        memset(&cd, 0, sizeof cd); memset(&dd, 0, sizeof dd); memset(&td, 0, sizeof td); memset(&p, 0, sizeof p);
+        given = most_given = 0;
+        cd.allocator.alloc = count_alloc; cd.allocator.free = count_free; cd.n_threads = 2;
+        cd.memory_budget = budgeted ? (size_t)6 << 20 : 0;
+        dd.max_seq_len = 80; dd.no_pack = 1; td.micro_batch = 2; td.grad_accum = 2;
+        CHECK(mft_context_create(&cd, &ctx) == MFT_OK && mft_model_load(ctx, "tests/golden/qwen2_bf16", NULL, &m) == MFT_OK && mft_lora_attach(m, NULL) == MFT_OK);
+        CHECK(mft_dataset_create(ctx, NULL, &dd, &data) == MFT_OK);
+        for (i = 0; i < 80; i++) ids[i] = i * 7 % 53;
+        for (i = 0; i < 500; i++) CHECK(mft_dataset_add_tokens(data, ids, NULL, 4 + i * 37 % 77) == MFT_OK);
+        CHECK_MSG(mft_trainer_create(m, data, &td, &tr) == MFT_OK, "%s", mft_error_message(ctx));
+        for (i = 1; i <= 500 && tr && n < 10; i++) {
+            mft_eval e;
+            CHECK_MSG(mft_trainer_step(tr, &p) == MFT_OK, "%s", mft_error_message(ctx));
+            if (i == 2 || i % 100 == 0) CHECK(mft_trainer_evaluate(tr, data, 20, &e) == MFT_OK);
+            if (i == 2) { now = given; peak = most_given; mft_process_memory(&resident, NULL); }
+            if (i > 2) n += given != now || most_given != peak;
+        }
+        CHECK_MSG(n == 0 && p.epoch >= 3, "%llu bytes after step 2, %llu after step %d; at most %llu and %llu; epoch %lld", (unsigned long long)now, (unsigned long long)given, i - 1,
+                  (unsigned long long)peak, (unsigned long long)most_given, (long long)p.epoch);
+        mft_process_memory(&now, NULL);
+        CHECK_MSG(now <= resident + (256 << 10), "resident %llu behind step 2, %llu at the end", (unsigned long long)resident, (unsigned long long)now);
+        mft_context_destroy(ctx);
+        CHECK_MSG(given == 0, "%llu bytes are not back", (unsigned long long)given);
+    }
+}
+
+/* A model of a config, random, in a directory of its own. */
+static const char *make_model(const char *name, int vocab, int positions)
+{
+    char         config[600];
+    mft_context *ctx = NULL;
+    snprintf(config, sizeof config, "{\"model_type\":\"qwen2\",\"hidden_size\":32,\"intermediate_size\":96,\"num_attention_heads\":4,\"num_key_value_heads\":2,"
+             "\"num_hidden_layers\":4,\"rms_norm_eps\":1e-6,\"rope_theta\":10000.0,\"tie_word_embeddings\":true,\"vocab_size\":%d,\"max_position_embeddings\":%d}", vocab, positions);
+    write_file(in_room("big.json"), config, strlen(config));
+    CHECK(mft_context_create(NULL, &ctx) == MFT_OK);
+    CHECK_MSG(mft_model_init(ctx, in_room("big.json"), 1, MFT_BF16, in_room(name)) == MFT_OK, "%s", mft_error_message(ctx));
+    mft_context_destroy(ctx);
+    return in_room(name);
+}
+
+static mft_plan plan_of(const char *dir, int seq)
+{
+    rig      r;
+    mft_plan p;
+    memset(&p, 0, sizeof p);
+    CHECK(rig_make(&r, dir, 0, NULL) == MFT_OK);
+    CHECK_MSG(mft_trainer_plan(r.tr, 1, seq, &p) == MFT_OK, "%s", mft_error_message(r.ctx));
+    mft_context_destroy(r.ctx);
+    return p;
+}
+
+static void test_scaling(void)
+{
+    const char *dir = make_model("small", 4096, 4096);
+    size_t      step[5];
+    int         i;
+    for (i = 0; i < 5; i++) step[i] = plan_of(dir, 256 << i).step;
+    for (i = 2; i < 5; i++) {                                   /* bytes a token, of each doubling; the head's tile is full from 512 rows on */
+        double slope = (double)(step[i] - step[i - 1]) / (128 << i), last = (double)(step[4] - step[3]) / 2048;
+        CHECK_MSG(fabs(slope - last) < 0.03 * last, "%d to %d tokens: %.0f bytes a token; 2048 to 4096: %.0f", 128 << i, 256 << i, slope, last);
+    }
+    for (i = 0; i < 3; i++) {
+        char name[20];
+        snprintf(name, sizeof name, "vocabulary%d", i);
+        step[i] = plan_of(make_model(name, 4096 << 2 * i, 512), 512).step;
+    }
+    CHECK_MSG(step[0] == step[1] && step[1] == step[2], "4096: %llu, 16384: %llu, 65536: %llu bytes", (unsigned long long)step[0], (unsigned long long)step[1], (unsigned long long)step[2]);
+}
+
+/* A window of many micro-batches has one set of gradients, and the sum is the same however it is cut, down to one sequence. */
+static void test_accumulation(void)
+{
+    static const int pieces[] = { 1, 2, 4 };
+    double loss[3], norm[3];
+    size_t gradients[3], peak[3];
+    int    k, i;
+    for (k = 0; k < 3; k++) {
+        rig          r;
+        mft_progress p;
+        mft_batch    b[4];
+        int32_t      ids[4 * SEQ];
+        int          n = 4 / pieces[k];
+        CHECK(rig_make(&r, "tests/golden/gemma3", 0, NULL) == MFT_OK);
+        for (i = 0; i < 4 * SEQ; i++) ids[i] = i * 13 % (int32_t)r.m->config.vocab_size;
+        for (i = 0; i < n; i++) { b[i] = r.b; b[i].batch = pieces[k]; b[i].input_ids = ids + i * pieces[k] * SEQ; }
+        CHECK_MSG(mft_trainer_step_batch(r.tr, b, n, &p) == MFT_OK, "%s", mft_error_message(r.ctx));
+        loss[k] = p.loss; norm[k] = p.grad_norm; gradients[k] = p.memory.gradients; peak[k] = p.memory.step_peak;
+        CHECK(fabs(loss[k] - loss[0]) < 3e-6 * loss[0] && fabs(norm[k] - norm[0]) < 1e-5 * norm[0]);
+        CHECK(gradients[k] == gradients[0] && gradients[k] > 0 && peak[k] >= peak[0]);
+        mft_context_destroy(r.ctx);
+    }
+}
+
 int main(void)
 {
     if (!room_make("budget")) return 1;
+    TEST(test_constant);
+    TEST(test_scaling);
+    TEST(test_accumulation);
     TEST(test_bf16_checkpoints);
     TEST(test_assets);
     TEST(test_shortened);
