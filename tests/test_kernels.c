@@ -432,7 +432,8 @@ static void test_product_error(void)
 /* The same bits for any number of threads, in both precisions. */
 static void test_product_threads(void)
 {
-    static const int sizes[][3] = { { 130, 300, 300 }, { 300, 9, 600 }, { 1, 3000, 100 }, { 3, 700, 257 }, { 270, 20, 100 }, { 20, 900, 64 }, { 600, 100, 40 } };
+    static const int sizes[][3] = { { 130, 300, 300 }, { 300, 9, 600 }, { 1, 3000, 100 }, { 3, 700, 257 }, { 270, 20, 100 }, { 20, 900, 64 }, { 600, 100, 40 },
+        { 40, 3300, 300 } };     /* so many columns that a task of one thread takes several blocks, of five only one */
     static const int threads[]  = { 1, 2, 3, 5 };
     size_t s, t;
     int    layout, precision;
