@@ -412,7 +412,8 @@ MFT_API mft_tensor *mft_model_loss   (mft_model *model, const mft_batch *batch, 
 /* How many labels of the batch count in the loss. */
 MFT_API int64_t     mft_batch_n_valid(const mft_batch *batch);
 /* The snapshot again: config.json, model.safetensors (each tensor in the dtype it was loaded from) and the
- * base's tokenizer files. Adapters must be merged or detached. The directory appears whole or not at all. */
+ * base's tokenizer files. Adapters must be merged or detached. The directory appears whole or not at all; in one that is
+ * there already model.safetensors replaces what it had, an index and the shards it names included. */
 MFT_API mft_status  mft_model_save   (mft_model *model, const char *dir);
 /* A snapshot with random weights (normal, initializer_range; norms 1, biases 0) from a config.json.
  * dtype F32, BF16 or F16. */
@@ -596,7 +597,8 @@ MFT_API mft_status mft_trainer_save   (mft_trainer *tr, const char *dir);
 /* Brings a new trainer to where the checkpoint's was. Model, adapter, data and settings are made as for the first run;
  * weights, moments, step, position and dropout's seed come from the checkpoint. dir: a checkpoint, or a directory with
  * checkpoint-STEP directories, of which the latest is taken. What changes the run but not what is trained (learning
- * rate, batch, number of steps, kernels) may differ and is logged as a warning.
+ * rate, batch and how a memory budget splits it, number of steps, kernels, precision) may differ and is logged as a
+ * warning; with other held-out data which evaluation was best starts anew.
  * fails  IO, FORMAT: a file is missing, cut or altered; INVALID_ARGUMENT naming what is another one: base, tokenizer,
  *        rank or another field of the adapter, target modules, optimizer, data. The trainer is then as it was, unless
  *        reading failed in the middle. */
@@ -11498,6 +11500,29 @@ static mft_status mft__model_write(mft_model *model, const char *dir, int as_hel
     return s;
 }
 
+/* The shards of a model that was in the directory before, by its index: which of the two is the model, readers would have
+ * to guess. The index goes first, so that none is left that names what is gone. */
+static void mft__remove_old_shards(mft_context *ctx, const char *dir)
+{
+    char           *index = mft__path_join(ctx, dir, "model.safetensors.index.json"), *path;
+    mft_json       *root = NULL;
+    const mft_json *map, *file;
+    size_t          i;
+    if (!index || mft__file_kind(index) != MFT__FILE) { mft__strfree(ctx, index); return; }
+    mft_json_load(ctx, index, &root);
+    mft__os_remove(index);
+    map = mft_json_get(root, "weight_map");
+    for (i = 0; (file = mft_json_at(map, i, NULL)) != NULL; i++) {
+        const char *name = mft_json_string(file, NULL);
+        if (!name || strncmp(name, "model-", 6) || strpbrk(name, "/\\")) continue;
+        path = mft__path_join(ctx, dir, name);
+        if (path) mft__os_remove(path);
+        mft__strfree(ctx, path);
+    }
+    mft_json_destroy(root);
+    mft__strfree(ctx, index);
+}
+
 MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
 {
     mft__new_dir place;
@@ -11508,6 +11533,7 @@ MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
     if ((s = mft__new_dir_begin(model->ctx, dir, 0, &place)) != MFT_OK) return s;
     s = mft__model_write(model, place.work, 0);
     if (s == MFT_OK) s = mft__new_dir_commit(&place); else mft__new_dir_abort(&place);
+    if (s == MFT_OK) mft__remove_old_shards(model->ctx, dir);
     return s;
 }
 
@@ -13365,6 +13391,27 @@ static mft_status mft__data_settings(mft_dataset *ds, mft__setting out[MFT__N_DA
     return s;
 }
 
+/* How a memory budget splits batches: it moves the last bits of sums. */
+static mft_status mft__trainer_split(mft_trainer *tr, int64_t *out_parts, int64_t *out_mlp_rows)
+{
+    mft_plan   p;
+    mft_status s;
+    *out_parts = 1; *out_mlp_rows = MFT__MLP_ROWS;
+    if (!tr->ctx->budget) return MFT_OK;
+    if ((s = mft_trainer_plan(tr, 0, 0, &p)) == MFT_OK) { *out_parts = (tr->desc.micro_batch + p.micro_batch - 1) / p.micro_batch; *out_mlp_rows = p.mlp_rows; }
+    return s;
+}
+
+/* The held-out data that evaluations are of; 0: there is none. */
+static mft_status mft__eval_fingerprint(const mft_trainer *tr, uint64_t *out)
+{
+    mft_dataset_info info;
+    mft_status       s = MFT_OK;
+    *out = 0;
+    if (tr->desc.eval_data && (s = mft_dataset_report(tr->desc.eval_data, &info)) == MFT_OK) *out = info.fingerprint;
+    return s;
+}
+
 /* Hashes of the base's and the tokenizer's files: read once, when a checkpoint first asks for them. */
 static mft_status mft__trainer_identify(mft_trainer *tr)
 {
@@ -13420,13 +13467,15 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__setting     settings[MFT__N_SETTINGS], data[MFT__N_DATA_SETTINGS];
     mft__json_writer w;
     const char      *names[3];
-    uint64_t         bytes, hash, fingerprint = 0;
+    uint64_t         bytes, hash, fingerprint = 0, eval_fingerprint = 0;
+    int64_t          parts = 0, mlp_rows = 0;
     mft_dataset_position at;
     mft_status       s = MFT_OK;
     int              i, n = mft__checkpoint_files(tr, names);
     mft__trainer_settings(tr, settings);
     mft_dataset_get_position(tr->data, &at);
     if (tr->data && (s = mft__data_settings(tr->data, data, &fingerprint)) != MFT_OK) return s;
+    if ((s = mft__eval_fingerprint(tr, &eval_fingerprint)) != MFT_OK || (s = mft__trainer_split(tr, &parts, &mlp_rows)) != MFT_OK) return s;
     mft__json_write_start(&w, ctx, 2);
     mft__json_write_open(&w, '{');
     mft__json_write_key(&w, "mft_checkpoint"); mft__json_write_integer(&w, MFT__CHECKPOINT_FORMAT);
@@ -13441,6 +13490,9 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__json_write_key(&w, "eval_step");      mft__json_write_integer(&w, tr->info.eval_step);
     mft__json_write_key(&w, "eval_loss");      mft__json_write_number(&w, tr->info.eval.loss, 0);
     mft__json_write_key(&w, "eval_tokens");    mft__json_write_integer(&w, tr->info.eval.n_tokens);
+    mft__json_write_hex(&w, "eval_fingerprint", eval_fingerprint);
+    mft__json_write_key(&w, "micro_batch_parts"); mft__json_write_integer(&w, parts);
+    mft__json_write_key(&w, "mlp_rows");       mft__json_write_integer(&w, mlp_rows);
     mft__json_write_key(&w, "n_skipped");      mft__json_write_integer(&w, tr->info.n_skipped);
     mft__json_write_key(&w, "nonfinite_in_row"); mft__json_write_integer(&w, tr->nonfinite_in_row);
     if (tr->early) {                                            /* whole, as it goes into the next window's clipping */
@@ -13769,9 +13821,12 @@ static mft_status mft__resume_settings(const mft__resume *r)
 {
     mft_context    *ctx = r->tr->ctx;
     const mft_json *node = mft_json_get(r->state, "settings");
-    const char     *kernels = mft_json_string(mft_json_get(r->state, "kernels"), NULL);
+    const char     *kernels = mft_json_string(mft_json_get(r->state, "kernels"), NULL), *precision = mft_json_string(mft_json_get(r->state, "precision"), NULL);
     mft__setting    has[MFT__N_SETTINGS];
+    int64_t         parts, mlp_rows;
     int             i;
+    mft_status      s = mft__trainer_split(r->tr, &parts, &mlp_rows);
+    if (s != MFT_OK) return s;
     mft__trainer_settings(r->tr, has);
     for (i = 0; i < MFT__N_SETTINGS; i++) {
         double was = mft_json_number(mft_json_get(node, has[i].name), -1);
@@ -13781,6 +13836,10 @@ static mft_status mft__resume_settings(const mft__resume *r)
     }
     if (!kernels || strcmp(kernels, mft_kernels_name(ctx)))
         mft__log(ctx, MFT_LOG_WARNING, "%s: was trained with kernels %s, now %s: the last bits will differ", mft__path(r->dir), kernels ? kernels : "?", mft_kernels_name(ctx));
+    if (precision && (strcmp(precision, "bf16") == 0) != (ctx->precision == MFT_PRECISION_BF16))
+        mft__log(ctx, MFT_LOG_WARNING, "%s: was trained with precision %s, now it is another: the run will not be the one it would have been", mft__path(r->dir), precision);
+    if (mft_json_integer(mft_json_get(r->state, "micro_batch_parts"), parts) != parts || mft_json_integer(mft_json_get(r->state, "mlp_rows"), mlp_rows) != mlp_rows)
+        mft__log(ctx, MFT_LOG_WARNING, "%s: the memory budget splits batches otherwise than before: the last bits will differ", mft__path(r->dir));
     return MFT_OK;
 }
 
@@ -13856,11 +13915,14 @@ static mft_status mft__resume_state(const mft__resume *r)
 {
     mft_trainer         *tr = r->tr;
     mft_dataset_position at;
-    mft_status           s;
+    uint64_t             held_out = 0;
+    mft_status           s = mft__eval_fingerprint(tr, &held_out);
+    const mft_json      *node = mft_json_get(r->state, "eval_fingerprint");
     int64_t step   = mft_json_integer(mft_json_get(r->state, "global_step"), -1);
     int64_t passes = mft_json_integer(mft_json_get(r->state, "passes"), -1);
     at.epoch = mft_json_integer(mft_json_get(r->state, "epoch"), -1);
     at.row   = mft_json_integer(mft_json_get(r->state, "row"), -1);
+    if (s != MFT_OK) return s;
     if (step < 0 || passes < 0 || at.epoch < 0 || at.row < 0) return mft__fail(tr->ctx, MFT_ERR_FORMAT, "%s: %s does not say at which step and place it was saved", mft__path(r->dir), mft__state_name);
     if (tr->data && (s = mft_dataset_set_position(tr->data, &at)) != MFT_OK) return s;
     tr->step = tr->saved_step = step; tr->passes = (uint64_t)passes;
@@ -13874,6 +13936,10 @@ static mft_status mft__resume_state(const mft__resume *r)
     tr->info.n_skipped     = mft_json_integer(mft_json_get(r->state, "n_skipped"), 0);
     tr->evals_since_best   = (int)mft_json_integer(mft_json_get(r->state, "evals_since_best"), 0);
     tr->nonfinite_in_row   = (int)mft_json_integer(mft_json_get(r->state, "nonfinite_in_row"), 0);
+    if (node && tr->desc.eval_data && mft__json_hex(node) != held_out) {          /* losses on other data are no measure for this one's */
+        tr->info.best_step = tr->info.eval_step = 0; tr->info.best_loss = 0; tr->evals_since_best = 0;
+        mft__log(tr->ctx, MFT_LOG_WARNING, "%s: the held-out data is another one: which evaluation was best is forgotten", mft__path(r->dir));
+    }
     tr->info.stopped_early = tr->desc.early_stopping_patience && tr->evals_since_best >= tr->desc.early_stopping_patience;
     tr->ctx->seed = mft__json_hex(mft_json_get(r->state, "seed"));
     if (tr->early) {

@@ -44,6 +44,8 @@ typedef struct recipe {
     float       alpha, dropout;
     double      lr;
     uint64_t    seed, data_seed;
+    size_t      budget;
+    mft_precision precision;
     const char *save_dir;
     int         save_steps, save_total_limit;
     int         eval_steps, patience, load_best, max_nonfinite, eval_rows;
@@ -69,7 +71,7 @@ static mft_status try_open(const recipe *k, run *r)
     int              i, j, rows = k->rows ? k->rows : 11;
     mft_status       s;
     memset(r, 0, sizeof *r); memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&ld, 0, sizeof ld); memset(&dd, 0, sizeof dd); memset(&td, 0, sizeof td);
-    cd.n_threads = k->threads ? k->threads : 1; cd.seed = k->seed ? k->seed : 5; cd.allocator = k->allocator; cd.log = k->log;
+    cd.n_threads = k->threads ? k->threads : 1; cd.seed = k->seed ? k->seed : 5; cd.allocator = k->allocator; cd.log = k->log; cd.precision = k->precision; cd.memory_budget = k->budget;
     md.train_all = k->full; md.weights = k->weights;
     ld.rank = k->rank ? k->rank : 3; ld.alpha = k->alpha; ld.dropout = k->dropout ? k->dropout : 0.2f; ld.targets = k->targets ? k->targets : "all-linear";
     dd.max_seq_len = 12; dd.seed = k->data_seed ? k->data_seed : 3;
@@ -310,6 +312,22 @@ static void test_refusals(void)
     n_warnings = 0;
     CHECK(mft_trainer_resume(r.tr, dir) == MFT_OK && n_warnings == 1 && strstr(warned, "learning_rate was 0.01, now it is 0.001"));
     close_run(&r);
+    other = k; other.precision = MFT_PRECISION_BF16; other.log = on_log;
+    r = open_run(&other);
+    n_warnings = 0;
+    CHECK(mft_trainer_resume(r.tr, dir) == MFT_OK && n_warnings == 1 && strstr(warned, "with precision f32, now it is another"));
+    close_run(&r);
+    other = k; other.budget = (size_t)1 << 30; other.log = on_log;      /* enough not to split: no word of it */
+    for (i = 0; i < 2; i++) {
+        char *state = test_read_file(in_room("saved/trainer_state.json"), &bytes), *at = state ? strstr(state, "\"micro_batch_parts\": ") : NULL;
+        CHECK(at != NULL);
+        r = open_run(&other);
+        n_warnings = 0;
+        CHECK_MSG(mft_trainer_resume(r.tr, dir) == MFT_OK && n_warnings == (int)i && (!i || strstr(warned, "splits batches otherwise")), "%d: %s", n_warnings, warned);
+        close_run(&r);
+        if (at) { at[strlen("\"micro_batch_parts\": ")] = i ? '1' : '3'; write_file(in_room("saved/trainer_state.json"), state, bytes); }
+        free(state);
+    }
     /* each file missing, cut, altered */
     for (i = 0; i < 4; i++) {
         char *text;
@@ -544,6 +562,21 @@ static void test_evaluations(void)
     CHECK_MSG(count_files(dir, "") == 2 && count_files(dir, path) == 1, "%d checkpoints", count_files(dir, ""));
     CHECK(mft_trainer_evaluate(r.tr, r.held, 0, &e) == MFT_OK && e.loss == info.best_loss && e.n_tokens == info.eval.n_tokens);
     close_run(&r);
+    {   /* on other held-out data the old best is no measure: it is forgotten, with a word; on the same it is not */
+        recipe           changed = k;
+        mft_trainer_info of;
+        changed.log = on_log;
+        for (i = 5; i < 7; i++) {
+            changed.eval_rows = i;
+            r = open_run(&changed);
+            n_warnings = 0;
+            CHECK(mft_trainer_resume(r.tr, dir) == MFT_OK);
+            mft_trainer_report(r.tr, &of);
+            CHECK_MSG(i == 5 ? n_warnings == 0 && of.best_step == info.best_step && of.stopped_early : n_warnings == 1 && strstr(warned, "held-out data is another") && !of.best_step && !of.stopped_early,
+                      "%d rows: %d warnings, %s; best %lld", i, n_warnings, warned, (long long)of.best_step);
+            close_run(&r);
+        }
+    }
     for (stop = 1; stop < info.step; stop += 3) {
         remove_dir(dir);
         memset(&w, 0, sizeof w);

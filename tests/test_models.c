@@ -821,6 +821,16 @@ static void test_save_in_place(void)
     loss = one_loss(m);
     CHECK_MSG(mft_model_save(m, in_room("place")) == MFT_OK, "%s", mft_error_message(ctx));
     CHECK(one_loss(m) == loss);
+    {   /* over a model in shards: they and their index are gone, what else lay there is not */
+        static const char index[] = "{\"weight_map\": {\"a\": \"model-1.safetensors\", \"b\": \"model-1.safetensors\", \"c\": \"../place2\", \"d\": 5, \"e\": \"model-2.safetensors\"}}";
+        write_file(in_room("place/model.safetensors.index.json"), index, sizeof index - 1);
+        write_file(in_room("place/model-1.safetensors"), "old", 3);
+        write_file(in_room("place/model-other.safetensors"), "mine", 4);
+        write_file(in_room("place2"), "mine", 4);
+        CHECK_MSG(mft_model_save(m, in_room("place")) == MFT_OK, "%s", mft_error_message(ctx));
+        CHECK(count_files(in_room("place"), "index") == 0 && count_files(in_room("place"), "model-1") == 0 && count_files(in_room("place"), "model-other") == 1);
+        CHECK(test_file_exists(in_room("place2")) && unlink(in_room("place2")) == 0);
+    }
     again = load_from(ctx, in_room("place"), 0, 0);
     CHECK(one_loss(again) == loss && same_tensors(ctx, golden_dir("qwen2_sharded"), in_room("place"), 1));
     mft_context_destroy(ctx);

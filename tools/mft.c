@@ -2507,6 +2507,9 @@ int main(int argc, char **argv)
 {
     options o;
     int     i, least = 4, nearest = -1, status;
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);               /* a file that may grow no more is a failure to write, with a sentence */
+#endif
     if (argc < 2) { print_commands(stderr); return 2; }
     if (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) { print_commands(stdout); return 0; }
     if (!strcmp(argv[1], "--version")) { printf("mft %d.%d.%d\n", MFT_VERSION_MAJOR, MFT_VERSION_MINOR, MFT_VERSION_PATCH); return 0; }
