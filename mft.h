@@ -558,7 +558,10 @@ struct mft_context {
     int           in_checkpoint;            /* the first run of a checkpoint's function             */
     int           recomputing;              /* its second run: nobody will read the result itself   */
     int           result_unread;            /* nor what linear and add make just now                */
-    void        (*drop_pages)(const char *p, uint64_t bytes);   /* of mapped weights behind each use, see mft__passed; NULL: they stay */
+    void        (*drop_pages)(const char *p, uint64_t bytes);   /* of mapped tensors behind each use, see mft__passed; NULL: they stay */
+    void       *(*take_pages)(void *state, size_t bytes);       /* zeroed, of a mapped file, for the large weights, gradients and moments
+                                               that are made now; NULL: they come from the allocator    */
+    void         *state;                    /* take_pages' first argument                              */
     mft_tensor   *spare_grads;              /* that no parameter has just now, chained by their grad: see mft__grad_release */
     int           updating;                 /* weights of this step have been updated: it is ended, not cancelled */
     mft_status    step_status;              /* the step's first failure, and its sentence           */
@@ -1292,8 +1295,8 @@ typedef struct mft__tensor {
     struct mft__tensor *view_of;            /* shares its data and its gradient                      */
     int64_t          view_offset;           /* elements from the start of that                       */
     int              grad_written;          /* its gradient holds numbers to add to                  */
-    int              paged;                 /* wrapped: its numbers are in a mapped file, which stays as it is */
-    struct mft__pages *pages;               /* paged: who brings them, see mft__need                 */
+    int              paged;                 /* wrapped: its numbers are in a mapped file             */
+    struct mft__pages *pages;               /* paged: who brings them, see mft__need; NULL: nobody need */
     int              packed;                /* its numbers are bf16 by now, see mft__input_end       */
     int              consumed;              /* a backward pass has been through it: its record and numbers are gone */
 } mft__tensor;
@@ -1317,12 +1320,37 @@ static int mft__need(mft_context *ctx, const mft_tensor *w, int64_t first, int64
     return 0;
 }
 
-/* Says that elements [first, first + n) of a weight have been read: where memory is short, the pages of a mapped
- * file go at once, so that no more is resident than one product's. They come back from the page cache. */
+enum {
+    MFT__PAGED_LEAST = 1 << 15,             /* bytes below which a tensor is not worth pages of its own       */
+    MFT__PAGED_PIECE = 1 << 18              /* elements that a walk through a mapped tensor leaves behind at a time */
+};
+
+/* Are its pages to go behind each use? */
+static int mft__drops_behind(const mft_context *ctx, const mft_tensor *t)
+{
+    return ctx->drop_pages && ((const mft__tensor *)(const void *)t)->paged && MFT__RUNS(ctx);
+}
+
+/* Says that elements [first, first + n) of a weight, a gradient or a moment have been read or written: where memory is
+ * short, the pages of a mapped file go at once, so that no more is resident than one product's. They come back from the
+ * page cache, where the system keeps what was written until it is on the disk. */
 static void mft__passed(mft_context *ctx, const mft_tensor *w, int64_t first, int64_t n)
 {
-    if (!ctx->drop_pages || !((const mft__tensor *)(const void *)w)->paged || !MFT__RUNS(ctx)) return;
-    ctx->drop_pages((const char *)w->data + mft_dtype_bytes(w->dtype, first), mft_dtype_bytes(w->dtype, n));
+    if (mft__drops_behind(ctx, w)) ctx->drop_pages((const char *)w->data + mft_dtype_bytes(w->dtype, first), mft_dtype_bytes(w->dtype, n));
+}
+
+/* The same for a walk from the first element to the last that has come to `to`; *from is where pages are still held. */
+static void mft__passing(mft_context *ctx, const mft_tensor *w, int64_t *from, int64_t to)
+{
+    if (to - *from < MFT__PAGED_PIECE && to < mft_tensor_numel(w)) return;
+    mft__passed(ctx, w, *from, to - *from);
+    *from = to;
+}
+
+/* How many elements to walk through at a time, of n. */
+static int64_t mft__paged_piece(const mft_context *ctx, const mft_tensor *t, int64_t n)
+{
+    return mft__drops_behind(ctx, t) && n > MFT__PAGED_PIECE ? (int64_t)MFT__PAGED_PIECE : n;
 }
 
 MFT_API const char *mft_dtype_name(mft_dtype dtype)
@@ -1468,12 +1496,13 @@ static mft_tensor *mft__tensor_held(mft_context *ctx, mft__use use, mft_dtype dt
     mft__tensor *x = (mft__tensor *)mft__alloc_zero(ctx, sizeof *x);
     if (!x) return NULL;
     x->ctx = ctx; x->use = use;
-    x->kind = borrowed ? MFT__WRAPPED_TENSOR : MFT__HELD_TENSOR;
     if (!mft__tensor_layout(ctx, &x->t, dtype, ndim, shape, &x->bytes)) { mft__free(ctx, x, sizeof *x); return NULL; }
-    x->t.data = borrowed ? borrowed : mft__alloc_as(ctx, use, x->bytes);
+    x->paged  = !borrowed && ctx->take_pages && use != MFT__OTHER && x->bytes >= MFT__PAGED_LEAST;
+    x->kind   = borrowed || x->paged ? MFT__WRAPPED_TENSOR : MFT__HELD_TENSOR;
+    x->t.data = borrowed ? borrowed : x->paged ? ctx->take_pages(ctx->state, x->bytes) : mft__alloc_as(ctx, use, x->bytes);
     if (!x->t.data) { mft__free(ctx, x, sizeof *x); return NULL; }
     /* a gradient is written before it is read; zeroing it here would touch memory that a plan only asks about */
-    if (!borrowed && use != MFT__GRADIENTS) memset(x->t.data, 0, x->bytes);
+    if (x->kind == MFT__HELD_TENSOR && use != MFT__GRADIENTS) memset(x->t.data, 0, x->bytes);
     return &x->t;
 }
 
@@ -2804,6 +2833,30 @@ MFT__UNUSED static void mft__grad_spares_free(mft_context *ctx)
     }
 }
 
+/* Zeroes a gradient that nobody has written. */
+static void mft__grad_clear(mft_context *ctx, mft_tensor *g)
+{
+    int64_t n = mft_tensor_numel(g), piece = mft__paged_piece(ctx, g, n), i, m;
+    for (i = 0; i < n && MFT__RUNS(ctx); i += m) {
+        m = mft__min(n - i, piece);
+        memset((float *)g->data + i, 0, (size_t)m * sizeof(float));
+        mft__passed(ctx, g, i, m);
+    }
+}
+
+/* The gradient of a held tensor, made if there is none; no backward has written it then. NULL with the sentence set. */
+static mft_tensor *mft__grad_held(mft_context *ctx, mft_tensor *t)
+{
+    if (t->grad) return t->grad;
+    t->grad = mft__grad_spare(ctx, t);
+    if (!t->grad) t->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, t->ndim, t->shape, NULL);
+    if (!t->grad) return NULL;
+    memcpy(t->grad->stride, t->stride, sizeof t->stride);
+    t->grad->name = t->name;
+    mft__of(t)->grad_written = 0;
+    return t->grad;
+}
+
 /* Where d loss / d t goes: t's layout, f32. *add: it holds numbers to add to; else the caller writes
  * every element. NULL with the step failed when memory is out. */
 static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
@@ -2816,7 +2869,7 @@ static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
         g = mft__grad(ctx, root, &root_add);
         if (!g) return NULL;
         if (!root_add && !whole) {
-            if (MFT__RUNS(ctx)) memset(g, 0, mft__grad_bytes(root));
+            if (MFT__RUNS(ctx)) mft__grad_clear(ctx, root->grad);
             root_add = 1;
         }
         *add = root_add;
@@ -2832,14 +2885,7 @@ static float *mft__grad(mft_context *ctx, mft_tensor *t, int *add)
         if (x->kind == MFT__STEP_TENSOR) {
             void *data = mft__high(ctx, mft__grad_bytes(t));
             if (data) t->grad = mft__grad_struct(ctx, t, data);
-        } else {
-            t->grad = mft__grad_spare(ctx, t);
-            if (!t->grad) t->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, t->ndim, t->shape, NULL);
-            if (t->grad) {
-                memcpy(t->grad->stride, t->stride, sizeof t->stride);
-                t->grad->name = t->name;
-            }
-        }
+        } else mft__grad_held(ctx, t);
         if (!t->grad) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return NULL; }
         x->grad_written = 0;
     }
@@ -2854,7 +2900,7 @@ static float *mft__grad_add(mft_context *ctx, mft_tensor *t)
 {
     int    add;
     float *g = mft__grad(ctx, t, &add);
-    if (g && !add && MFT__RUNS(ctx)) memset(g, 0, mft__grad_bytes(t));
+    if (g && !add && MFT__RUNS(ctx)) mft__grad_clear(ctx, t->grad);
     return g;
 }
 
@@ -2878,7 +2924,7 @@ static void mft__grad_drop(mft_context *ctx, mft_tensor *t)
  * ============================================================================== */
 enum {
     MFT__ROW_GRAIN    = 16,                 /* rows a task of a row-wise op takes; a piece of every sum over rows */
-    MFT__PAGED_ROWS   = 64,                 /* rows of a mapped table looked up between two mft__passed */
+    MFT__PAGED_ROWS   = 8,                  /* rows of a mapped table looked up between two mft__passed */
     MFT__VECTOR_GRAIN = 1 << 15             /* elements a task of an elementwise op takes; a piece of every whole sum */
 };
 
@@ -3598,6 +3644,7 @@ static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w
         if (!dw) return;
         if (w->stride[1] == 1) mft__product(ctx, out, in, rows, 1, mft__matrix_f32(dy, 1, out), mft__matrix_f32(xd, in, 1), NULL, add, dw, w->stride[0]);
         else                   mft__product(ctx, in, out, rows, 1, mft__matrix_f32(xd, 1, in), mft__matrix_f32(dy, out, 1), NULL, add, dw, w->stride[1]);
+        if (w->grad) mft__passed(ctx, w->grad, 0, out * in);
     }
     if (bias && bias->trainable) mft__broadcast_sum(ctx, bias, dy, NULL, 1, rows);
     if (x->trainable) {
@@ -3663,10 +3710,17 @@ static void mft__embedding_backward_run(void *arg, int64_t begin, int64_t end, i
 static void mft__embedding_backward(mft_context *ctx, mft__record *r)
 {
     mft__embedding_task t;
-    t.k = ctx->kernels; t.table = r->in[0]; t.ids = (const int32_t *)r->p[0]; t.dy = mft__dy(r);
-    t.n = r->i[0]; t.padding_idx = (int32_t)r->i[1];
+    int64_t cols, i, piece;
+    t.k = ctx->kernels; t.table = r->in[0]; t.padding_idx = (int32_t)r->i[1];
     t.y = mft__grad_add(ctx, r->in[0]);
-    if (t.y && MFT__RUNS(ctx)) mft__parallel(ctx, t.table->shape[1], 128, mft__embedding_backward_run, &t);
+    if (!t.y || !MFT__RUNS(ctx)) return;
+    cols  = t.table->shape[1];
+    piece = mft__drops_behind(ctx, t.table->grad) ? (int64_t)MFT__PAGED_ROWS : r->i[0];      /* as in mft_embedding */
+    for (i = 0; i < r->i[0]; i += piece) {
+        t.ids = (const int32_t *)r->p[0] + i; t.dy = mft__dy(r) + i * cols; t.n = mft__min(r->i[0] - i, piece);
+        mft__parallel(ctx, cols, 128, mft__embedding_backward_run, &t);
+        mft__passed(ctx, t.table->grad, 0, t.table->shape[0] * cols);
+    }
 }
 
 /* mft__need of single rows. */
@@ -3701,7 +3755,8 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
         r->p[0] = ids; r->i[0] = batch * seq; r->i[1] = padding_idx;
     }
     t.k = ctx->kernels; t.table = table; t.dy = NULL; t.n = batch * seq; t.padding_idx = padding_idx;
-    /* a mapped row brings its neighbours into memory, 64 KB on Linux: where that counts they go after every few rows */
+    /* a mapped row brings its neighbours into memory, 64 KB on Linux, from 6.18 on all of the page cache's piece (0.6 MB in
+     * the mean, measured): where that counts they go after every few rows */
     piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : t.n;
     for (i = 0; MFT__RUNS(ctx) && i < t.n; i += piece) {
         if (!mft__need_rows(ctx, table, ids + i, mft__min(t.n - i, piece))) return NULL;
@@ -4395,6 +4450,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
                                  NULL, add_dw || r > 0, dw + v * w->stride[0], w->stride[0]);
         }
         mft__passed(ctx, w, v * w->stride[0], nv * cols);
+        if (dw && w->grad) mft__passed(ctx, w->grad, v * w->stride[0], nv * cols);
     }
     t->rows = rows; t->high = high; t->sum = sum; t->label_logit = label_logit; t->dx = kept;
     mft__high_free(ctx, tile, bytes);
@@ -4759,12 +4815,19 @@ MFT_API mft_status mft_backward(mft_context *ctx, mft_tensor *loss)
 enum { MFT__MAX_STATES = 4 };
 
 /* One buffer of what a method keeps of a parameter: saved as NAME.suffix, zeroed at the start. */
-typedef struct mft__state_layout { const char *suffix; mft_dtype dtype; int ndim; int64_t shape[MFT_MAX_DIMS]; } mft__state_layout;
+typedef struct mft__state_layout {
+    const char *suffix;
+    mft_dtype   dtype;
+    int         ndim;
+    int64_t     shape[MFT_MAX_DIMS];
+    int         per;                        /* of a method that takes pieces: elements of the parameter to one of this; 0: one */
+} mft__state_layout;
 
 /* The update of one parameter, with all it reads and writes. Parameters do not know of each other: they may be
  * updated one by one, in any order, the buffers being wherever the caller has them just then. */
 typedef struct mft__update {
-    mft_tensor  *p;
+    mft_tensor  *p;                         /* or a piece of one that is in a mapped file, in one dimension: */
+    int64_t      first;                     /* the element it starts at                              */
     const float *g;                         /* laid out as p                                         */
     void        *state[MFT__MAX_STATES];    /* in the order of the method's layouts                  */
     int64_t      step;                      /* 1 is the first                                        */
@@ -4776,6 +4839,7 @@ typedef struct mft__update {
 typedef struct mft__method {
     int        (*layouts)(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES]);    /* returns how many */
     mft_status (*update) (mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u);
+    int          pieces;                    /* the update may be made of pieces, which start at multiples of MFT__PAGED_PIECE */
 } mft__method;
 
 /* The next layout, for f32 numbers of p's shape. */
@@ -4838,7 +4902,7 @@ static float *mft__update_read(const mft__update *u, int64_t i, int64_t n, float
 
 static void mft__update_write(const mft__update *u, int64_t i, int64_t n, const float *unpacked)
 {
-    if (u->p->dtype == MFT_BF16) mft__to_bf16_by_chance((uint16_t *)u->p->data + i, unpacked, i, n, u);
+    if (u->p->dtype == MFT_BF16) mft__to_bf16_by_chance((uint16_t *)u->p->data + i, unpacked, u->first + i, n, u);
 }
 
 /* ---- 8-bit codes: magnitudes of a block relative to its greatest ---- */
@@ -4918,6 +4982,7 @@ static int mft__adamw8bit_layouts(const mft_optimizer_desc *d, const mft_tensor 
     for (k = 0; k < 4; k++) {
         out[k].suffix = suffixes[k]; out[k].dtype = k < 2 ? MFT_U8 : MFT_F32;
         out[k].ndim = 1; out[k].shape[0] = k < 2 ? n : (n + MFT__UPDATE_BLOCK - 1) / MFT__UPDATE_BLOCK;
+        out[k].per = k < 2 ? 1 : (int)MFT__UPDATE_BLOCK;
     }
     return 4;
 }
@@ -4995,9 +5060,9 @@ static mft_status mft__sgd_update(mft_context *ctx, const mft_optimizer_desc *d,
 }
 
 static const mft__method mft__methods[] = {                     /* in the order of mft_optimizer_kind */
-    { mft__adamw_layouts,     mft__adamw_update },
-    { mft__sgd_layouts,       mft__sgd_update   },
-    { mft__adamw8bit_layouts, mft__adamw_update }
+    { mft__adamw_layouts,     mft__adamw_update, 1 },
+    { mft__sgd_layouts,       mft__sgd_update,   1 },
+    { mft__adamw8bit_layouts, mft__adamw_update, 1 }
 };
 enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
 
@@ -5005,6 +5070,7 @@ enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
 typedef struct mft__slot {
     mft_tensor *p;
     mft_tensor *state[MFT__MAX_STATES];
+    int         per[MFT__MAX_STATES];       /* see mft__state_layout */
     int         n_states;
     int         no_decay;
 } mft__slot;
@@ -5056,12 +5122,8 @@ MFT_API void mft_optimizer_destroy(mft_optimizer *opt) { if (opt) mft__optimizer
 
 static double mft__default(double value, double otherwise) { return value != 0 ? value : otherwise; }
 
-/* Where the bytes of states come from: take returns `bytes` zeroed ones that outlive the optimizer, or NULL with
- * the error set. Without one they are the optimizer's own, from the context's allocator. */
-typedef struct mft__state_source { void *(*take)(void *user, size_t bytes); void *user; } mft__state_source;
-
 /* The state of parameter number i, as the method lays it out. */
-static int mft__slot_states(mft_optimizer *opt, int i, const mft__state_source *from)
+static int mft__slot_states(mft_optimizer *opt, int i)
 {
     mft_context      *ctx = opt->ctx;
     mft__slot        *s = &opt->slots[i];
@@ -5071,22 +5133,17 @@ static int mft__slot_states(mft_optimizer *opt, int i, const mft__state_source *
     n = mft__methods[opt->desc.kind].layouts(&opt->desc, s->p, all);
     for (k = 0; k < n; k++) {
         const mft__state_layout *w = &all[k];
-        mft_tensor *t, shaped = *s->p;
-        void       *place = NULL;
-        memcpy(shaped.shape, w->shape, sizeof shaped.shape);
-        shaped.ndim = w->ndim;
-        if (from && !(place = from->take(from->user, mft_dtype_bytes(w->dtype, mft_tensor_numel(&shaped))))) return 0;
-        if (!(t = mft__tensor_held(ctx, MFT__OPTIMIZER, w->dtype, w->ndim, w->shape, place))) return 0;
+        mft_tensor *t = mft__tensor_held(ctx, MFT__OPTIMIZER, w->dtype, w->ndim, w->shape, NULL);
+        if (!t) return 0;
         if (mft__same_shape(t, s->p)) memcpy(t->stride, s->p->stride, sizeof t->stride);
-        s->state[k] = t; s->n_states = k + 1;
+        s->state[k] = t; s->per[k] = w->per ? w->per : 1; s->n_states = k + 1;
         if (!(t->name = mft__state_text(ctx, s->p, i, w->suffix))) return 0;
     }
     return 1;
 }
 
-/* mft_optimizer_create with the states' bytes from `from`, if that is not NULL. */
-static mft_status mft__optimizer_create_from(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
-                                             const unsigned char *no_decay, int n_params, const mft__state_source *from, mft_optimizer **out)
+MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
+                                        const unsigned char *no_decay, int n_params, mft_optimizer **out)
 {
     mft_optimizer *opt;
     int64_t one = 1;
@@ -5126,19 +5183,13 @@ static mft_status mft__optimizer_create_from(mft_context *ctx, const mft_optimiz
     for (i = 0; i < n_params; i++) {
         opt->slots[i].p = params[i];
         opt->slots[i].no_decay = no_decay && no_decay[i];
-        if (!mft__slot_states(opt, i, from)) goto fail;
+        if (!mft__slot_states(opt, i)) goto fail;
     }
     *out = opt;
     return MFT_OK;
 fail:
     mft_optimizer_destroy(opt);
     return MFT_ERR_OUT_OF_MEMORY;
-}
-
-MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_desc *desc, mft_tensor *const *params,
-                                        const unsigned char *no_decay, int n_params, mft_optimizer **out)
-{
-    return mft__optimizer_create_from(ctx, desc, params, no_decay, n_params, NULL, out);
 }
 
 MFT_API void mft_optimizer_zero_grad(mft_optimizer *opt)
@@ -5166,15 +5217,22 @@ static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
     t->partial[begin / t->piece] = t->k->sum_squares(t->x + begin, end - begin);
 }
 
-/* The sum of squares of n numbers, in double in a fixed order: of at most 256 pieces, whose size n alone decides. */
-static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n)
+/* The sum of squares of n numbers, in double in a fixed order: of at most 256 pieces, whose size n alone decides. They
+ * are `owner`'s, whose pages go behind the walk where they are to; NULL: nobody's. */
+static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n, const mft_tensor *owner)
 {
     double         partial[256], total = 0;
-    int64_t        i;
+    int64_t        i, at, m, most = n;
     mft__norm_task t;
-    t.k = ctx->kernels; t.x = x; t.partial = partial;
+    t.k = ctx->kernels;
     t.piece = n > 256 * (int64_t)MFT__VECTOR_GRAIN ? (n + 255) / 256 : (int64_t)MFT__VECTOR_GRAIN;
-    mft__parallel(ctx, n, t.piece, mft__norm_run, &t);
+    if (owner && mft__drops_behind(ctx, owner)) most = (4 * MFT__PAGED_PIECE + t.piece - 1) / t.piece * t.piece;
+    for (at = 0; at < n; at += m) {
+        m = mft__min(n - at, most);
+        t.x = x + at; t.partial = partial + at / t.piece;
+        mft__parallel(ctx, m, t.piece, mft__norm_run, &t);
+        if (owner) mft__passed(ctx, owner, at, m);
+    }
     for (i = 0; i * t.piece < n; i++) total += partial[i];
     return total;
 }
@@ -5182,28 +5240,55 @@ static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n)
 /* The same of a parameter's gradient; one that no backward has reached since it was zeroed counts as zeros. */
 static double mft__grad_squares(mft_context *ctx, mft_tensor *p)
 {
-    return p->grad && mft__of(p)->grad_written ? mft__sum_squares(ctx, (const float *)p->grad->data, mft_tensor_numel(p)) : 0;
+    return p->grad && mft__of(p)->grad_written ? mft__sum_squares(ctx, (const float *)p->grad->data, mft_tensor_numel(p), p->grad) : 0;
+}
+
+/* Where elements from `at` on of a parameter have their gradient and states. */
+static void mft__update_at(const mft__slot *s, int64_t at, mft__update *u)
+{
+    int k;
+    u->first = at;
+    u->g = (const float *)s->p->grad->data + at;
+    for (k = 0; k < s->n_states; k++) u->state[k] = (char *)s->state[k]->data + mft_dtype_bytes(s->state[k]->dtype, at / s->per[k]);
+}
+
+/* Elements [at, at + n) of a parameter, with its gradient and states, have been updated. */
+static void mft__update_passed(mft_context *ctx, const mft__slot *s, int64_t at, int64_t n)
+{
+    int k;
+    mft__passed(ctx, s->p, at, n);
+    mft__passed(ctx, s->p->grad, at, n);
+    for (k = 0; k < s->n_states; k++) mft__passed(ctx, s->state[k], at / s->per[k], (n + s->per[k] - 1) / s->per[k]);
 }
 
 /* Updates parameter number i by its gradient times grad_scale, which is then used up. The optimizer's step is the
  * one being made: mft__optimizer_begin has counted it. */
 static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learning_rate, double grad_scale)
 {
+    mft_context       *ctx = opt->ctx;
+    const mft__method *method = &mft__methods[opt->desc.kind];
     mft__slot  *s = &opt->slots[i];
+    mft__tensor part;
     mft__update u;
-    mft_status  status;
-    int         k;
+    mft_status  status = MFT_OK;
+    int64_t     n = mft_tensor_numel(s->p), piece = method->pieces ? mft__paged_piece(ctx, s->p, n) : n, at;
     if (!s->p->grad) return MFT_OK;                             /* never reached: torch has no gradient there either */
-    if (!mft__of(s->p)->grad_written) memset(s->p->grad->data, 0, mft__grad_bytes(s->p));
+    if (!mft__of(s->p)->grad_written) mft__grad_clear(ctx, s->p->grad);
     memset(&u, 0, sizeof u);
-    u.p = s->p; u.g = (const float *)s->p->grad->data;
-    for (k = 0; k < s->n_states; k++) u.state[k] = s->state[k]->data;
+    u.p = s->p;
     u.step = *(const int64_t *)opt->step->data;
     u.learning_rate = learning_rate; u.grad_scale = grad_scale;
     u.weight_decay = s->no_decay ? 0.0 : opt->desc.weight_decay;
-    u.seed = opt->ctx->seed; u.stream = (uint64_t)1 << 63 | (uint64_t)u.step << 24 | (uint64_t)i;     /* dropout's have no highest bit */
+    u.seed = ctx->seed; u.stream = (uint64_t)1 << 63 | (uint64_t)u.step << 24 | (uint64_t)i;     /* dropout's have no highest bit */
     u.codes = opt->codes;
-    status = mft__methods[opt->desc.kind].update(opt->ctx, &opt->desc, &u);
+    if (piece < n) { part = *mft__of(s->p); u.p = &part.t; part.t.ndim = 1; part.t.stride[0] = 1; }
+    for (at = 0; at < n && status == MFT_OK; at += piece) {
+        int64_t m = mft__min(n - at, piece);
+        if (piece < n) { part.t.shape[0] = m; part.t.data = (char *)s->p->data + mft_dtype_bytes(s->p->dtype, at); }
+        mft__update_at(s, at, &u);
+        status = method->update(ctx, &opt->desc, &u);
+        mft__update_passed(ctx, s, at, m);
+    }
     if (status == MFT_OK) mft__of(s->p)->grad_written = 0;
     return status;
 }

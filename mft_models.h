@@ -387,6 +387,10 @@ typedef struct mft_model_desc {
                                                blocks, while embeddings and head, and rows that are no multiple of 32, stay as they
                                                are; converted piece by piece         [NULL = as the file has them, in place] */
     int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
+    const char *state_dir;                  /* full fine-tuning under a memory budget below five times the weights in f32: a directory
+                                               with room for weights, gradients and moments, which then lie in a file there and are in
+                                               memory only while in use. The file has no name and ends with the model and its trainer
+                                                                                     [NULL = all are held in memory] */
     int         grad_checkpointing;         /* keep each block's input only, recompute the rest: 1 in all blocks, -1 in none
                                                [0 = a trainer picks the fewest blocks, see mft_plan; without one, none]  */
     int         checkpoint_bf16;            /* keep those inputs in bf16, half the memory. Losses stay the same to the bit; gradients are
@@ -532,11 +536,13 @@ typedef struct mft_trainer_info {
 typedef struct mft_plan {
     size_t weights_mapped;                  /* what is used in the file                                         */
     size_t weights_resident;                /* how much of that is in memory at a time                          */
-    size_t weights_held, trainable, gradients, optimizer;
+    size_t weights_held, trainable, gradients, optimizer;       /* in memory all the time                           */
+    size_t state_mapped;                    /* trained weights, gradients and moments in a state file, see mft_model_desc */
+    size_t state_resident;                  /* how much of that is in memory at a time                          */
     size_t activations, workspaces;         /* of the step: saved by the forward pass; the rest of its peak      */
     size_t step;                            /* both                                                             */
     size_t tokenizer, data, process;        /* data: with all other structures; process: code, stacks, libc      */
-    size_t total;                           /* without weights_mapped, activations, workspaces: parts of others  */
+    size_t total;                           /* without weights_mapped, state_mapped, and activations, workspaces, which are the step */
     int    micro_batch;                     /* sequences per pass                                               */
     int    drops_pages, blocks_recomputed, blocks, mlp_rows;        /* mlp_rows: of a recomputed block at a time */
     int    grad_checkpointing;              /* some block is recomputed                                         */
@@ -10591,6 +10597,7 @@ struct mft_model {
     mft_model_config config;
     mft_model_desc   desc;
     char            *dir;                   /* the snapshot it came from                             */
+    mft__statefile  *state;                 /* trained weights and their gradients: see desc's state_dir; NULL: in memory */
     mft_safetensors *files;
     mft__parameter  *params;                /* in the checkpoint's order                             */
     int              n_params;
@@ -10667,6 +10674,18 @@ static int mft__has_nonfinite(const mft__kernels *k, const void *data, mft_dtype
     return 0;
 }
 
+/* The same of a whole tensor. */
+static int mft__tensor_nonfinite(mft_context *ctx, const mft_tensor *t)
+{
+    int64_t n = mft_tensor_numel(t), piece = mft__paged_piece(ctx, t, n), i;
+    int     bad = 0;
+    for (i = 0; i < n && !bad; i += piece) {
+        bad = mft__has_nonfinite(ctx->kernels, (const char *)t->data + mft_dtype_bytes(t->dtype, i), t->dtype, mft__min(n - i, piece));
+        mft__passed(ctx, t, i, mft__min(n - i, piece));
+    }
+    return bad;
+}
+
 /* Fills p->t from the file. ndim 1 or 2; [out, in] of the parameter, whichever way it lies. */
 static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t out, int64_t in, int conv1d)
 {
@@ -10709,12 +10728,11 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
         mft_status s = mft_safetensors_read(m->files, e, p->t);
         if (s != MFT_OK) return s;
         mft__safetensors_drop(m->files, e);                     /* not held twice */
-        if (mft__has_nonfinite(ctx->kernels, p->t->data, dtype, mft_tensor_numel(p->t)))
+        if (mft__tensor_nonfinite(ctx, p->t))
             return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s holds NaN or infinity", file, e->name);
     }
     p->t->trainable = train;
-    mft__of(p->t)->paged = bytes && pages;
-    mft__of(p->t)->pages = bytes ? pages : NULL;
+    if (bytes) { mft__of(p->t)->paged = pages != NULL; mft__of(p->t)->pages = pages; }
     if (conv1d && ndim == 2) {                                  /* [out, in] over numbers that lie [in, out] */
         p->t->shape[0] = out;  p->t->shape[1] = in;
         p->t->stride[0] = 1;   p->t->stride[1] = out;
@@ -10821,6 +10839,43 @@ static void mft__drop_weights(mft_model *m)
     size_t i, n;
     const mft_safetensors_entry *e = mft_safetensors_entries(m->files, &n);
     for (i = 0; i < n; i++) mft__safetensors_drop(m->files, &e[i]);
+    mft__statefile_drop(m->state);
+}
+
+/* Large weights, gradients and moments that are made from here on go to a state file, or, NULL, to memory. */
+static void mft__statefile_use(mft_context *ctx, mft__statefile *st)
+{
+    ctx->take_pages = st ? mft__statefile_take : NULL;
+    ctx->state = st;
+}
+
+#ifdef MFT_NO_MMAP
+enum { MFT__MAPS = 0 };
+#else
+enum { MFT__MAPS = 1 };
+#endif
+
+/* Opens the state file if the budget leaves no room for what all weights take in training: themselves, gradients, two
+ * moments, and as much again for the step. */
+static mft_status mft__model_state(mft_model *m)
+{
+    const mft_safetensors_entry *e;
+    size_t     i, n, bytes = 0;
+    mft_status s;
+    const char *dir = m->desc.state_dir;
+    m->desc.state_dir = NULL;                                   /* the caller's may go */
+    if (!MFT__MAPS || !m->desc.train_all || !dir || !m->ctx->budget) return MFT_OK;
+    e = mft_safetensors_entries(m->files, &n);
+    for (i = 0; i < n; i++) {
+        int64_t count = 1;
+        int     k;
+        for (k = 0; k < e[i].ndim; k++) count *= e[i].shape[k];
+        bytes += (size_t)count * sizeof(float);
+    }
+    if (m->ctx->budget / 5 >= bytes) return MFT_OK;
+    s = mft__statefile_open(m->ctx, dir, &m->state);
+    if (s == MFT_OK) m->ctx->drop_pages = mft__file_drop;      /* loading streams; then a trainer's plan has its say */
+    return s;
 }
 
 /* mft__need outside of a step: of elements [first, first + n). */
@@ -10894,6 +10949,7 @@ static void mft__model_destroy_object(void *self)
     mft_lora_detach(m);
     for (i = 0; i < m->n_params; i++) mft_tensor_destroy(ctx, m->params[i].t);
     mft_safetensors_close(m->files);
+    mft__statefile_close(m->state);
     mft__free(ctx, m->params, (n_modules * 2 + 8) * sizeof *m->params);
     mft__free(ctx, m->modules, n_modules * sizeof *m->modules);
     mft__free(ctx, m->inv_freq, half * sizeof(float));
@@ -10968,7 +11024,10 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
     }
     m->mlp_rows = MFT__MLP_ROWS;
     if (m->desc.grad_checkpointing > 0) m->n_recomputed = -1;
+    if ((s = mft__model_state(m)) != MFT_OK) goto done;
+    mft__statefile_use(ctx, m->state);
     s = mft__load_weights(m);
+    mft__statefile_use(ctx, NULL);
     if (s == MFT_OK) s = mft__load_eos(m);
     if (ctx->budget) mft__drop_weights(m);                      /* what reading the vectors and the header has touched */
 done:
@@ -11458,12 +11517,12 @@ static mft_status mft__copy_companion(mft_context *ctx, const char *from_dir, co
 }
 
 /* A parameter as the file has it: a Conv1D's the way its numbers lie. */
-static mft_tensor mft__as_stored(const mft_tensor *t)
+static mft__tensor mft__as_stored(mft_tensor *t)
 {
-    mft_tensor s = *t;
-    if (s.ndim == 2 && s.stride[1] != 1) {
-        s.shape[0]  = t->shape[1];  s.shape[1]  = t->shape[0];
-        s.stride[0] = t->stride[1]; s.stride[1] = t->stride[0];
+    mft__tensor s = *mft__of(t);
+    if (t->ndim == 2 && t->stride[1] != 1) {
+        s.t.shape[0]  = t->shape[1];  s.t.shape[1]  = t->shape[0];
+        s.t.stride[0] = t->stride[1]; s.t.stride[1] = t->stride[0];
     }
     return s;
 }
@@ -11479,18 +11538,18 @@ static mft_status mft__model_write(mft_model *model, const char *dir, int as_hel
     size_t     i;
     int        k;
     for (k = 0; k < model->n_params && s == MFT_OK; k++) {
-        mft_tensor t = mft__as_stored(model->params[k].t);
+        mft__tensor stored = mft__as_stored(model->params[k].t);
         specs[k].name  = model->params[k].name;
-        specs[k].dtype = as_held ? t.dtype : model->params[k].file_dtype;
-        specs[k].ndim  = t.ndim;
-        memcpy(specs[k].shape, t.shape, sizeof specs[k].shape);
+        specs[k].dtype = as_held ? stored.t.dtype : model->params[k].file_dtype;
+        specs[k].ndim  = stored.t.ndim;
+        memcpy(specs[k].shape, stored.t.shape, sizeof specs[k].shape);
     }
     if (s == MFT_OK) s = mft_safetensors_write_begin(ctx, path, specs, model->n_params, NULL, &w);
     for (k = 0; k < model->n_params && s == MFT_OK; k++) {
-        mft_tensor t = mft__as_stored(model->params[k].t);
-        s = mft__weight_fetch(model, model->params[k].t, 0, mft_tensor_numel(&t));
-        if (s == MFT_OK) s = mft_safetensors_write_tensor(w, k, &t);
-        mft__passed(model->ctx, model->params[k].t, 0, mft_tensor_numel(&t));
+        mft__tensor stored = mft__as_stored(model->params[k].t);
+        s = mft__weight_fetch(model, model->params[k].t, 0, mft_tensor_numel(&stored.t));
+        if (s == MFT_OK) s = mft_safetensors_write_tensor(w, k, &stored.t);
+        mft__passed(model->ctx, model->params[k].t, 0, mft_tensor_numel(&stored.t));
     }
     if (s == MFT_OK) s = mft_safetensors_write_commit(w); else mft_safetensors_write_abort(w);
     for (i = 0; i < sizeof mft__companions / sizeof *mft__companions && s == MFT_OK; i++)
@@ -12467,6 +12526,7 @@ struct mft_trainer {
     mft_dataset    *data;
     mft_trainer_desc desc;
     mft_optimizer  *opt;
+    mft__statefile *state;                  /* its moments, where the model has a state file         */
     mft_tensor    **params;
     int             n_params;
     struct mft__early *early;               /* desc.update_in_backward, or NULL                       */
@@ -12662,6 +12722,7 @@ static void mft__trainer_destroy_object(void *self)
         mft__free(ctx, tr->early->parts, (size_t)tr->n_params * sizeof *tr->early->parts);
         mft__free(ctx, tr->early, sizeof *tr->early);
     }
+    mft__statefile_close(tr->state);
     mft__strfree(ctx, tr->save_dir);
     mft__free(ctx, tr->params, (size_t)tr->n_params * sizeof *tr->params);
     mft__free(ctx, tr, sizeof *tr);
@@ -12777,7 +12838,7 @@ static size_t mft__early_gradients(const mft_trainer *tr)
         int64_t n = mft_tensor_numel(tr->params[i]);
         int     most = 0, tied = m->head == m->embedding && mft_tensor_numel(m->head->t) == n;
         for (k = 0; k < i && mft_tensor_numel(tr->params[k]) != n; k++) {}
-        if (k < i) continue;                                    /* this size has been counted */
+        if (k < i || mft__of(tr->params[i])->paged) continue;   /* this size has been counted, or is in the state file */
         for (level = -1; level <= m->config.n_layer; level++) {
             int count = level >= 0 && tied;
             for (k = i; k < tr->n_params; k++) count += parts[k].level == level && mft_tensor_numel(tr->params[k]) == n;
@@ -12786,6 +12847,18 @@ static size_t mft__early_gradients(const mft_trainer *tr)
         bytes += (size_t)most * mft_dtype_bytes(MFT_F32, n);
     }
     return bytes;
+}
+
+/* Gradients of the weights in the model's state file: there too, and at once, so that a full disk is found now. */
+static mft_status mft__statefile_gradients(mft_trainer *tr)
+{
+    mft_status s = MFT_OK;
+    int        i;
+    mft__statefile_use(tr->ctx, tr->model->state);
+    for (i = 0; i < tr->n_params && s == MFT_OK; i++)
+        if (mft__of(tr->params[i])->paged && !mft__grad_held(tr->ctx, tr->params[i])) s = MFT_ERR_OUT_OF_MEMORY;
+    mft__statefile_use(tr->ctx, NULL);
+    return s;
 }
 
 MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const mft_trainer_desc *desc, mft_trainer **out)
@@ -12834,7 +12907,12 @@ MFT_API mft_status mft_trainer_create(mft_model *model, mft_dataset *data, const
     if (!tr->params || !no_decay) { s = MFT_ERR_OUT_OF_MEMORY; goto fail; }
     mft_model_params(model, 1, tr->params, tr->n_params);
     for (i = 0; i < tr->n_params && !tr->desc.decay_all; i++) no_decay[i] = (unsigned char)mft__is_no_decay(model, tr->params[i]);
+    if (model->state) {
+        if ((s = mft__statefile_gradients(tr)) != MFT_OK || (s = mft__statefile_open(ctx, model->state->dir, &tr->state)) != MFT_OK) goto fail;
+        mft__statefile_use(ctx, tr->state);
+    }
     s = mft_optimizer_create(ctx, &tr->desc.optimizer, tr->params, no_decay, tr->n_params, &tr->opt);
+    mft__statefile_use(ctx, NULL);
     if (s == MFT_OK) mft__object_remove(&tr->opt->object);      /* the trainer's, not the context's */
     if (s == MFT_OK && tr->desc.update_in_backward) s = mft__early_create(tr);
 fail:
@@ -12871,19 +12949,24 @@ static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *
 }
 
 /* What may be in memory of the mapped weights at a time when pages are dropped behind each use: the largest
- * matrix, a tile of the head, some rows of the embedding with the 64 KB around each. */
+ * matrix or its gradient, a tile of the head with its gradient, some rows of the embedding with what comes along with each,
+ * the piece that an optimizer updates with its gradient and two moments. */
 static size_t mft__paged_bytes(const mft_model *m)
 {
-    size_t most = 0, rows = (size_t)MFT__PAGED_ROWS << 16, all, bytes;
+    size_t most = 0, rows = (size_t)MFT__PAGED_ROWS << 19, all, bytes;
     int    i;
+    if (m->state && most < 4 * mft_dtype_bytes(MFT_F32, MFT__PAGED_PIECE)) most = 4 * mft_dtype_bytes(MFT_F32, MFT__PAGED_PIECE);
     for (i = 0; i < m->n_params; i++) {
         const mft_tensor *t = m->params[i].t;
+        int               is_head = &m->params[i] == m->embedding || &m->params[i] == m->head;
         if (!mft__of(m->params[i].t)->paged) continue;
         all = bytes = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
-        if (&m->params[i] == m->embedding || &m->params[i] == m->head) {
+        if (is_head) {
             bytes = mft_dtype_bytes(t->dtype, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
+            if (t->trainable) bytes += mft_dtype_bytes(MFT_F32, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
             if (bytes < rows) bytes = rows;
         } else if (&m->params[i] == m->positions) bytes = rows;
+        else if (t->trainable) bytes = all = mft_dtype_bytes(MFT_F32, mft_tensor_numel(t));
         if (bytes > all) bytes = all;
         if (bytes > most) most = bytes;
     }
@@ -12904,10 +12987,12 @@ static mft_status mft__plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
     for (i = 0; i < m->n_params; i++) {
         const mft_tensor *t = m->params[i].t;
         size_t            bytes = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
+        if (t->trainable) continue;
         if (mft__of(m->params[i].t)->paged) out->weights_mapped += bytes;
-        else if (!t->trainable) out->weights_held += bytes;
+        else out->weights_held += bytes;
     }
     for (i = 0; i < tr->n_params; i++) {                        /* gradients: whether a first step has made them or not */
+        if (mft__of(tr->params[i])->paged) continue;
         out->trainable += mft_dtype_bytes(tr->params[i]->dtype, mft_tensor_numel(tr->params[i]));
         out->gradients += mft_dtype_bytes(MFT_F32, mft_tensor_numel(tr->params[i]));
     }
@@ -12917,9 +13002,15 @@ static mft_status mft__plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
     out->data      = memory.now - memory.weights - memory.gradients - memory.optimizer - mft__arena_bytes(ctx) - out->tokenizer;
     out->process   = MFT__PROCESS;
     out->drops_pages = ctx->drop_pages != NULL;
+    out->state_mapped = (m->state ? m->state->bytes : 0) + (tr->state ? tr->state->bytes : 0);
     out->weights_resident = out->weights_mapped;
-    if (out->drops_pages && mft__paged_bytes(m) < out->weights_mapped) out->weights_resident = mft__paged_bytes(m);
-    out->total = out->weights_resident + out->weights_held + out->trainable + out->gradients + out->optimizer + out->step
+    out->state_resident   = out->state_mapped;
+    if (out->drops_pages) {
+        size_t most = mft__paged_bytes(m);
+        if (out->weights_resident > most) out->weights_resident = most;
+        if (out->state_resident > most) out->state_resident = most;
+    }
+    out->total = out->weights_resident + out->state_resident + out->weights_held + out->trainable + out->gradients + out->optimizer + out->step
                + out->tokenizer + out->data + out->process;
     out->micro_batch = batch;
     out->blocks      = m->config.n_layer;
@@ -12939,7 +13030,7 @@ static int mft__plan_fits(const mft_trainer *tr, const mft_plan *p)
 static mft_status mft__plan_refuse(mft_trainer *tr, int seq, const mft_plan *least)
 {
     mft_plan   half;
-    char       levers[400] = "";
+    char       levers[600] = "";
     size_t     at = 0, adapters = least->trainable + least->gradients + least->optimizer;
     double     mb = 1048576.0;
     mft_status s = seq > 1 ? mft__plan(tr, 1, seq / 2, &half) : MFT_OK;
@@ -12947,11 +13038,14 @@ static mft_status mft__plan_refuse(mft_trainer *tr, int seq, const mft_plan *lea
     if (seq > 1) at += (size_t)snprintf(levers + at, sizeof levers - at, "; sequences of %d tokens would save %.1f MB", seq / 2, (double)(least->total - half.total) / mb);
     if (tr->model->n_adapters) at += (size_t)snprintf(levers + at, sizeof levers - at, "; half the rank %.1f MB", (double)adapters / 2 / mb);
     if (least->optimizer > 64 && tr->desc.optimizer.kind == MFT_ADAMW)
-        snprintf(levers + at, sizeof levers - at, "; 8-bit AdamW about %.1f MB, SGD without momentum %.1f MB", (double)least->optimizer * 0.75 / mb, (double)least->optimizer / mb);
+        at += (size_t)snprintf(levers + at, sizeof levers - at, "; 8-bit AdamW about %.1f MB, SGD without momentum %.1f MB", (double)least->optimizer * 0.75 / mb, (double)least->optimizer / mb);
+    if (tr->model->desc.train_all && !tr->model->state)
+        snprintf(levers + at, sizeof levers - at, MFT__MAPS ? "; a state_dir for weights, gradients and moments nearly all of their %.1f MB" :
+                 "; this build maps no files, or a state file would save nearly all of the %.1f MB trained", (double)adapters / mb);
     return mft__fail(tr->ctx, MFT_ERR_OUT_OF_MEMORY, "the memory budget of %.1f MB is too small: with one sequence of %d tokens at a time, every block recomputed and weights "
                      "dropped behind their use, a step takes %.1f MB (%.1f for weights, %.1f trained with gradients and optimizer, %.1f for the step, %.1f tokenizer, "
                      "%.1f data and structures, %.1f process)%s", (double)tr->ctx->budget / mb, seq, (double)least->total / mb,
-                     (double)(least->weights_resident + least->weights_held) / mb, (double)adapters / mb, (double)least->step / mb, (double)least->tokenizer / mb,
+                     (double)(least->weights_resident + least->state_resident + least->weights_held) / mb, (double)adapters / mb, (double)least->step / mb, (double)least->tokenizer / mb,
                      (double)least->data / mb, (double)least->process / mb, levers);
 }
 
@@ -12976,7 +13070,7 @@ static mft_status mft__choose_memory(mft_trainer *tr, int batch, int seq, mft_pl
             if (mft__choice_fits(tr, batch, seq, from, MFT__MLP_ROWS, p, &s) || s != MFT_OK) return s;
             if (batch == 1 || !ctx->budget) break;
         }
-        if (!ctx->budget || ctx->drop_pages || !p->weights_mapped) break;
+        if (!ctx->budget || ctx->drop_pages || !(p->weights_mapped + p->state_mapped)) break;
         ctx->drop_pages = mft__file_drop;
     }
     for (i = from + 1; i <= to; i++) if (mft__choice_fits(tr, batch, seq, i, MFT__MLP_ROWS, p, &s) || s != MFT_OK) return s;
@@ -13022,7 +13116,7 @@ static mft_status mft__reserve_step(mft_trainer *tr, int batch, int seq)
     if (seq < mft__longest_row(tr)) seq = mft__longest_row(tr);
     if (seq < tr->planned_seq) seq = tr->planned_seq;
     if ((s = mft__choose_memory(tr, batch, seq, &p)) != MFT_OK || (s = mft_step_reserve(tr->ctx, p.step)) != MFT_OK) return s;
-    if (tr->ctx->drop_pages) mft__drop_weights(tr->model);
+    if (tr->ctx->drop_pages) { mft__drop_weights(tr->model); mft__statefile_drop(tr->state); }
     tr->planned_batch = batch; tr->planned_seq = seq; tr->per_pass = p.micro_batch;
     return MFT_OK;
 }
@@ -13553,11 +13647,11 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
 }
 
 /* The optimizer's tensors as files have them; freed with mft__free(ctx, list, n * sizeof *list). NULL: no memory. */
-static mft_tensor *mft__optimizer_tensors(mft_trainer *tr, int *out_n)
+static mft__tensor *mft__optimizer_tensors(mft_trainer *tr, int *out_n)
 {
     int          i, n = mft_optimizer_state(tr->opt, NULL, 0);
     mft_tensor **list = (mft_tensor **)mft__alloc(tr->ctx, (size_t)n * sizeof *list);
-    mft_tensor  *stored = list ? (mft_tensor *)mft__alloc(tr->ctx, (size_t)n * sizeof *stored) : NULL;
+    mft__tensor *stored = list ? (mft__tensor *)mft__alloc(tr->ctx, (size_t)n * sizeof *stored) : NULL;
     if (stored) mft_optimizer_state(tr->opt, list, n);
     for (i = 0; stored && i < n; i++) stored[i] = mft__as_stored(list[i]);
     if (list) mft__free(tr->ctx, list, (size_t)n * sizeof *list);
@@ -13570,9 +13664,10 @@ static mft_status mft__optimizer_write(mft_trainer *tr, const char *dir)
     mft_context *ctx = tr->ctx;
     int          i, n = 0;
     char        *path = mft__path_join(ctx, dir, "optimizer.safetensors");
-    mft_tensor  *stored = mft__optimizer_tensors(tr, &n), **list = stored ? (mft_tensor **)mft__alloc(ctx, (size_t)n * sizeof *list) : NULL;
+    mft__tensor *stored = mft__optimizer_tensors(tr, &n);
+    mft_tensor **list = stored ? (mft_tensor **)mft__alloc(ctx, (size_t)n * sizeof *list) : NULL;
     mft_status   s = path && list ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
-    for (i = 0; list && i < n; i++) list[i] = &stored[i];
+    for (i = 0; list && i < n; i++) list[i] = &stored[i].t;
     if (s == MFT_OK) s = mft_safetensors_save(ctx, path, list, n, NULL);
     if (list) mft__free(ctx, list, (size_t)n * sizeof *list);
     if (stored) mft__free(ctx, stored, (size_t)n * sizeof *stored);
@@ -13844,7 +13939,7 @@ static mft_status mft__resume_settings(const mft__resume *r)
 }
 
 /* Opens DIR/NAME and sees whether it has exactly the n tensors, as files have them. */
-static mft_status mft__resume_tensors(const mft__resume *r, const char *name, const mft_tensor *stored, int n, mft_safetensors **out)
+static mft_status mft__resume_tensors(const mft__resume *r, const char *name, const mft__tensor *stored, int n, mft_safetensors **out)
 {
     mft_context *ctx = r->tr->ctx;
     char        *path = mft__path_join(ctx, r->dir, name);
@@ -13853,10 +13948,11 @@ static mft_status mft__resume_tensors(const mft__resume *r, const char *name, co
     int          i, missing = 0;
     if (s == MFT_OK) mft_safetensors_entries(*out, &count);
     for (i = 0; i < n && s == MFT_OK; i++) {
-        const mft_safetensors_entry *e = mft_safetensors_find(*out, stored[i].name);
+        const mft_tensor            *t = &stored[i].t;
+        const mft_safetensors_entry *e = mft_safetensors_find(*out, t->name);
         if (!e) { missing++; continue; }
-        if (e->dtype != stored[i].dtype || e->ndim != stored[i].ndim || memcmp(e->shape, stored[i].shape, (size_t)e->ndim * sizeof *e->shape))
-            s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: %s has another shape than in this run", mft__path(path), stored[i].name);
+        if (e->dtype != t->dtype || e->ndim != t->ndim || memcmp(e->shape, t->shape, (size_t)e->ndim * sizeof *e->shape))
+            s = mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: %s has another shape than in this run", mft__path(path), t->name);
     }
     if (s == MFT_OK && (missing || count != (size_t)n)) {
         const mft_model *m = r->tr->model;
@@ -13868,24 +13964,24 @@ static mft_status mft__resume_tensors(const mft__resume *r, const char *name, co
     return s;
 }
 
-static mft_status mft__resume_read(mft_context *ctx, mft_safetensors *st, mft_tensor *stored, int n)
+static mft_status mft__resume_read(mft_context *ctx, mft_safetensors *st, mft__tensor *stored, int n)
 {
     mft_status s = MFT_OK;
     int        i;
     ctx->weights_version++;
-    for (i = 0; i < n && s == MFT_OK; i++) s = mft_safetensors_read(st, mft_safetensors_find(st, stored[i].name), &stored[i]);
+    for (i = 0; i < n && s == MFT_OK; i++) s = mft_safetensors_read(st, mft_safetensors_find(st, stored[i].t.name), &stored[i].t);
     return s;
 }
 
 /* The trained tensors as files have them; like mft__optimizer_tensors. */
-static mft_tensor *mft__trained_tensors(mft_trainer *tr)
+static mft__tensor *mft__trained_tensors(mft_trainer *tr)
 {
-    mft_tensor *stored = (mft_tensor *)mft__alloc(tr->ctx, (size_t)tr->n_params * sizeof *stored);
-    int         i, k;
+    mft__tensor *stored = (mft__tensor *)mft__alloc(tr->ctx, (size_t)tr->n_params * sizeof *stored);
+    int          i, k;
     for (i = 0; stored && i < tr->n_params; i++) {
         stored[i] = mft__as_stored(tr->params[i]);
         for (k = 0; tr->model->desc.train_all && k < tr->model->n_params; k++)
-            if (tr->model->params[k].t == tr->params[i]) stored[i].name = tr->model->params[k].name;
+            if (tr->model->params[k].t == tr->params[i]) stored[i].t.name = tr->model->params[k].name;
     }
     return stored;
 }
@@ -13897,7 +13993,7 @@ static mft_status mft__resume_weights(const mft__resume *r)
     mft_context     *ctx = tr->ctx;
     mft_safetensors *weights = NULL, *moments = NULL;
     int              n = 0;
-    mft_tensor      *trained = mft__trained_tensors(tr), *state = mft__optimizer_tensors(tr, &n);
+    mft__tensor     *trained = mft__trained_tensors(tr), *state = mft__optimizer_tensors(tr, &n);
     mft_status       s = trained && state ? MFT_OK : MFT_ERR_OUT_OF_MEMORY;
     if (s == MFT_OK) s = mft__resume_tensors(r, tr->model->desc.train_all ? "model.safetensors" : "adapter_model.safetensors", trained, tr->n_params, &weights);
     if (s == MFT_OK) s = mft__resume_tensors(r, "optimizer.safetensors", state, n, &moments);
@@ -13955,7 +14051,7 @@ static mft_status mft__load_best(mft_trainer *tr)
     mft_context     *ctx = tr->ctx;
     mft_safetensors *st = NULL;
     mft__resume      r;
-    mft_tensor      *trained = mft__trained_tensors(tr);
+    mft__tensor     *trained = mft__trained_tensors(tr);
     mft_status       s;
     memset(&r, 0, sizeof r);
     r.tr = tr;

@@ -213,7 +213,7 @@ static const char *mft__path(const char *path)
 
 /* ---- the system ---- */
 typedef enum mft__path_kind { MFT__NO_PATH, MFT__FILE, MFT__DIRECTORY, MFT__OTHER_PATH } mft__path_kind;
-typedef enum mft__open_mode { MFT__OPEN_READ, MFT__OPEN_NEW } mft__open_mode;      /* NEW: must not exist yet */
+typedef enum mft__open_mode { MFT__OPEN_READ, MFT__OPEN_NEW, MFT__OPEN_SCRATCH } mft__open_mode;     /* NEW, SCRATCH: must not exist yet; SCRATCH: to read too */
 
 #ifdef _WIN32
 
@@ -331,6 +331,9 @@ static void mft__os_list_end(mft__listing *l) { FindClose(l->h); }
 extern int fsync(int fd);
 #    ifndef MFT_NO_MMAP
 extern int madvise(void *address, size_t bytes, int advice);
+#      if defined(__STRICT_ANSI__) && !defined(__APPLE__)
+extern int posix_fallocate(int fd, off_t from, off_t bytes);
+#      endif
 #    endif
 #  endif
 
@@ -351,7 +354,7 @@ MFT__UNUSED static int64_t mft__os_modified(const char *path)
 
 static int mft__os_open(const char *path, mft__open_mode mode)
 {
-    int fd, flags = mode == MFT__OPEN_READ ? O_RDONLY : O_WRONLY | O_CREAT | O_EXCL;
+    int fd, flags = mode == MFT__OPEN_READ ? O_RDONLY : (mode == MFT__OPEN_NEW ? O_WRONLY : O_RDWR) | O_CREAT | O_EXCL;
 #  ifdef O_CLOEXEC
     flags |= O_CLOEXEC;
 #  endif
@@ -801,6 +804,23 @@ static uint64_t mft__file_length(const mft__file *f)
     return fstat(f->fd, &st) == 0 ? (uint64_t)st.st_size : 0;
 }
 
+/* Gives bytes [from, from + bytes) of a file their place on the disk. 0 with errno set if there is none: writing to a
+ * mapping without one would end the process. */
+static int mft__file_reserve(int fd, uint64_t from, uint64_t bytes)
+{
+#  ifdef __APPLE__
+    fstore_t place;
+    memset(&place, 0, sizeof place);
+    place.fst_flags = F_ALLOCATEALL; place.fst_posmode = F_PEOFPOSMODE; place.fst_length = (off_t)bytes;
+    return fcntl(fd, F_PREALLOCATE, &place) != -1 && ftruncate(fd, (off_t)(from + bytes)) == 0;
+#  else
+    int reason;
+    do reason = posix_fallocate(fd, (off_t)from, (off_t)bytes); while (reason == EINTR);
+    errno = reason;
+    return !reason;
+#  endif
+}
+
 #else
 
 static void mft__file_unmap(const char *base, uint64_t bytes) { (void)base; (void)bytes; }
@@ -810,6 +830,101 @@ static const char *mft__file_room(uint64_t bytes) { (void)bytes; return NULL; }
 #endif
 
 static void mft__file_drop(const char *p, uint64_t bytes) { mft__file_advise(p, bytes, 0); }
+
+/* ---- state files: memory whose pages can go to the disk, when they are dropped, and come back ----
+ * The file has lost its name before the first byte is in it: its place on the disk is free again when the process ends,
+ * in whatever way, and nobody takes it for a checkpoint. */
+typedef struct mft__statefile_run { char *base; size_t bytes; } mft__statefile_run;
+
+typedef struct mft__statefile {
+    mft_context    *ctx;
+    char           *dir;
+    int             fd;
+    uint64_t        bytes;                  /* of the file, whole pages                              */
+    mft__statefile_run *runs;                   /* what was taken of it, each mapped by itself           */
+    size_t          n_runs, cap;
+} mft__statefile;
+
+static void mft__statefile_close(mft__statefile *st)
+{
+    size_t i;
+    if (!st) return;
+    for (i = 0; i < st->n_runs; i++) mft__file_unmap(st->runs[i].base, st->runs[i].bytes);
+    if (st->fd >= 0) mft__os_close(st->fd);
+    mft__free(st->ctx, st->runs, st->cap * sizeof *st->runs);
+    mft__strfree(st->ctx, st->dir);
+    mft__free(st->ctx, st, sizeof *st);
+}
+
+#ifndef MFT_NO_MMAP
+/* A file of no bytes yet in a directory, which is made if need be. */
+static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
+{
+    mft__statefile *st = (mft__statefile *)mft__alloc_zero(ctx, sizeof *st);
+    char        name[80], *path = NULL;
+    int         k, reason = EEXIST;
+    mft_status  s = MFT_ERR_OUT_OF_MEMORY;
+    *out = NULL;
+    if (!st) return s;
+    st->ctx = ctx; st->fd = -1;
+    if ((st->dir = mft__strdup(ctx, dir)) != NULL) s = mft__make_dirs(ctx, dir);
+    if (s == MFT_OK) mft__remove_leftovers(ctx, dir, "mft-state");
+    for (k = 0; k < 100 && s == MFT_OK && st->fd < 0 && reason == EEXIST; k++) {
+        snprintf(name, sizeof name, "mft-state.tmp-%ld-%d", mft__os_process(), k);
+        if (!(path = mft__path_join(ctx, dir, name))) { s = MFT_ERR_OUT_OF_MEMORY; break; }
+        st->fd = mft__os_open(path, MFT__OPEN_SCRATCH);
+        reason = errno;
+        if (st->fd >= 0) mft__os_remove(path);
+        mft__strfree(ctx, path);
+    }
+    if (s == MFT_OK && st->fd < 0) s = mft__fail(ctx, MFT_ERR_IO, "%s: a state file cannot be made in it: %s", mft__path(dir), strerror(reason));
+    if (s != MFT_OK) { mft__statefile_close(st); return s; }
+    *out = st;
+    return MFT_OK;
+}
+
+/* Zeroed bytes at the end of the file, on a page of their own, until it is closed: a context's take_pages. NULL with
+ * the sentence set. */
+static void *mft__statefile_take(void *state, size_t bytes)
+{
+    mft__statefile     *st = (mft__statefile *)state;
+    size_t              page = (size_t)sysconf(_SC_PAGESIZE);
+    mft__statefile_run *run;
+    void               *p;
+    bytes = (bytes + page - 1) / page * page;                   /* of a tensor's layout: far from wrapping */
+    p = st->runs;
+    if (!mft__grow(st->ctx, &p, &st->cap, st->n_runs + 1, sizeof *st->runs)) return NULL;
+    st->runs = (mft__statefile_run *)p;
+    if (!mft__file_reserve(st->fd, st->bytes, bytes)) {
+        mft__fail(st->ctx, MFT_ERR_IO, "%s: no room for %llu bytes more of the state file, which has %llu: %s", mft__path(st->dir), (unsigned long long)bytes,
+                  (unsigned long long)st->bytes, strerror(errno));
+        return NULL;
+    }
+    p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, st->fd, (off_t)st->bytes);
+    if (p == MAP_FAILED) {
+        mft__fail(st->ctx, MFT_ERR_OUT_OF_MEMORY, "%s: cannot map %llu bytes of the state file: %s", mft__path(st->dir), (unsigned long long)bytes, strerror(errno));
+        return NULL;
+    }
+    st->bytes += bytes;
+    run = &st->runs[st->n_runs++];
+    run->base = (char *)p; run->bytes = bytes;
+    return p;
+}
+#else
+static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
+{
+    *out = NULL;
+    return mft__fail(ctx, MFT_ERR_UNSUPPORTED, "%s: no state file: this build maps no files", mft__path(dir));
+}
+static void *mft__statefile_take(void *state, size_t bytes) { (void)state; (void)bytes; return NULL; }
+#endif
+
+/* Drops all of its pages. */
+static void mft__statefile_drop(const mft__statefile *st)
+{
+    size_t i;
+    for (i = 0; st && i < st->n_runs; i++) mft__file_advise(st->runs[i].base, st->runs[i].bytes, 0);
+}
 
 /* ---- writing ----
  *
@@ -2438,13 +2553,23 @@ static int64_t mft__convert(const mft_context *ctx, void *dst, mft_dtype to, con
     return n;
 }
 
+/* Elements up to `to` have been read into a tensor. Where memory is short the pages they came from go, with what else
+ * the system has brought along (up to 2 MB around each), and those of dst if it is in a mapped file. */
+static void mft__read_behind(mft_context *ctx, const mft__shard *sh, const mft_tensor *dst, int64_t *from, int64_t to)
+{
+    int64_t began = *from;
+    if (!ctx->drop_pages) return;
+    mft__passing(ctx, dst, from, to);
+    if (sh->base && *from > began) mft__file_advise(sh->base, sh->bytes, 0);
+}
+
 MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetensors_entry *e, mft_tensor *dst)
 {
     mft__piece  in, out;
     mft__shard *sh;
     const char *there;
     char       *direct;
-    int64_t     i, total, done;
+    int64_t     i, total, done, piece, passed = 0;
     int         same = 1;
     mft_status  s;
 
@@ -2464,18 +2589,26 @@ MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetenso
         return mft__tensor_fail(st->ctx, MFT_ERR_UNSUPPORTED, sh->path, e->name, "is %s, which does not convert to %s", e->dtype_name, mft_dtype_name(dst->dtype));
 
     there  = mft__safetensors_bytes(st, e);
-    if (there && sh->base && !sh->pages.fetch(st->ctx, &sh->pages, there, e->bytes)) return MFT_ERR_IO;
     direct = mft__is_contiguous(dst) ? (char *)dst->data : NULL;
+    total = mft_tensor_numel(dst);
+    piece = st->ctx->drop_pages ? (int64_t)MFT__PAGED_PIECE : total;
     if (direct && e->dtype == dst->dtype) {
-        if (!there) return mft__file_read(&sh->file, e->offset, direct, (size_t)e->bytes);
-        memcpy(direct, there, (size_t)e->bytes);
+        for (i = 0; i < total; i += piece) {
+            int64_t  n  = mft__min(total - i, piece);
+            uint64_t at = (uint64_t)mft_dtype_bytes(e->dtype, i);
+            if (there && sh->base && !sh->pages.fetch(st->ctx, &sh->pages, there + at, mft_dtype_bytes(e->dtype, n))) return MFT_ERR_IO;
+            if (there) memcpy(direct + at, there + at, mft_dtype_bytes(e->dtype, n));
+            else if ((s = mft__file_read(&sh->file, e->offset + at, direct + at, mft_dtype_bytes(e->dtype, n))) != MFT_OK) return s;
+            mft__read_behind(st->ctx, sh, dst, &passed, i + n);
+        }
         return MFT_OK;
     }
-    total = mft_tensor_numel(dst);
     for (i = 0; i < total; i += MFT__PIECE) {                   /* quantised: whole blocks, for the last dimension is of such */
         int64_t  n  = total - i < MFT__PIECE ? total - i : (int64_t)MFT__PIECE;
         uint64_t at = (uint64_t)mft_dtype_bytes(e->dtype, i);
         size_t   bytes = mft_dtype_bytes(e->dtype, n);
+        if (there && sh->base && i % piece == 0
+            && !sh->pages.fetch(st->ctx, &sh->pages, there + at, mft_dtype_bytes(e->dtype, mft__min(total - i, piece)))) return MFT_ERR_IO;
         if (there) memcpy(in.bytes, there + at, bytes);     /* the file's bytes may be unaligned */
         else if ((s = mft__file_read(&sh->file, e->offset + at, in.bytes, bytes)) != MFT_OK) return s;
         done = mft__convert(st->ctx, direct ? direct + mft_dtype_bytes(dst->dtype, i) : out.bytes, dst->dtype, in.bytes, e->dtype, n);
@@ -2483,6 +2616,7 @@ MFT_API mft_status mft_safetensors_read(mft_safetensors *st, const mft_safetenso
             return mft__tensor_fail(st->ctx, MFT_ERR_INVALID_ARGUMENT, sh->path, e->name, "element %lld is %lld, too large for I32",
                                     (long long)(i + done), (long long)((const int64_t *)(const void *)in.bytes)[done]);
         if (!direct) mft__strided(dst, i, n, out.bytes, 0);
+        mft__read_behind(st->ctx, sh, dst, &passed, i + n);
     }
     return MFT_OK;
 }
@@ -2835,7 +2969,7 @@ static mft_status mft__write_rows(mft_safetensors_writer *w, mft__write_entry *e
 {
     mft__piece  in, out;
     const char *path = w->file.path;
-    int64_t     i, total = mft_tensor_numel(t), done, rows = t->ndim ? t->shape[0] : 1;
+    int64_t     i, n, total = mft_tensor_numel(t), done, rows = t->ndim ? t->shape[0] : 1, passed = 0, piece;
     int         k, same = e->spec.ndim == t->ndim && (!whole || rows == e->rows);
     uint64_t    row_bytes = e->bytes / (uint64_t)e->rows, at = e->at + row_bytes * (uint64_t)e->written;
     mft_status  s;
@@ -2847,13 +2981,22 @@ static mft_status mft__write_rows(mft_safetensors_writer *w, mft__write_entry *e
         return mft__tensor_fail(w->ctx, MFT_ERR_UNSUPPORTED, path, e->spec.name, "is %s, which does not convert to %s", mft_dtype_name(t->dtype), mft_dtype_name(e->spec.dtype));
     e->written += rows;
     s = mft__writer_seek(&w->file, at);
-    if (s == MFT_OK && t->dtype == e->spec.dtype && mft__is_contiguous(t)) return mft__writer_put(&w->file, t->data, (size_t)(row_bytes * (uint64_t)rows));
-    for (i = 0; i < total && s == MFT_OK; i += MFT__PIECE) {
-        int64_t n = total - i < MFT__PIECE ? total - i : (int64_t)MFT__PIECE;
+    if (t->dtype == e->spec.dtype && mft__is_contiguous(t)) {
+        piece = mft__paged_piece(w->ctx, t, total);
+        for (i = 0; i < total && s == MFT_OK; i += n) {
+            n = mft__min(total - i, piece);
+            s = mft__writer_put(&w->file, (const char *)t->data + mft_dtype_bytes(t->dtype, i), mft_dtype_bytes(t->dtype, n));
+            mft__passed(w->ctx, t, i, n);
+        }
+        return s;
+    }
+    for (i = 0; i < total && s == MFT_OK; i += n) {
+        n = mft__min(total - i, MFT__PIECE);
         mft__strided(t, i, n, in.bytes, 1);
         done = mft__convert(w->ctx, out.bytes, e->spec.dtype, in.bytes, t->dtype, n);
         if (done < n) return mft__tensor_fail(w->ctx, MFT_ERR_INVALID_ARGUMENT, path, e->spec.name, "element %lld is too large for I32", (long long)(i + done));
         s = mft__writer_put(&w->file, out.bytes, mft_dtype_bytes(e->spec.dtype, n));
+        mft__passing(w->ctx, t, &passed, i + n);
     }
     return s;
 }

@@ -28,7 +28,7 @@ typedef struct several { const char *at[16]; int n; } several;      /* of a flag
 
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
-    const char *checkpoint_save_dir, *resume_from, *text_key, *prompt_key, *completion_key, *messages_key;
+    const char *checkpoint_save_dir, *resume_from, *state_dir, *text_key, *prompt_key, *completion_key, *messages_key;
     const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels, *index;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, index_above, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
@@ -111,6 +111,7 @@ static const flag flags[] = {
     { "quantize",           STRING,  AT(quantize),           0, 0, "KIND", "hold the frozen blocks as q8_0 or q4_0                       [none]" },
     { "no-grad-checkpointing", SWITCH,  AT(no_grad_checkpointing), 0, 0, NULL, "recompute none: fastest" },
     { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory to use, weights in it: 512M, 2G                  [no limit]" },
+    { "state-dir",          STRING,  AT(state_dir),          0, 0, "DIR",  "--full with --memory-budget: where weights, gradients and moments go that memory has no room for [the output]" },
     { "checkpoint-save-steps", INTEGER, AT(checkpoint_save_steps), 1, MANY, "N", "save a checkpoint every N steps" },
     { "checkpoint-save-dir", STRING, AT(checkpoint_save_dir), 0, 0, "DIR", "where: DIR/checkpoint-STEP                                    [the output]" },
     { "save-total-limit",   INTEGER, AT(save_total_limit),   1, MANY, "N", "keep the latest N checkpoints                                [all]" },
@@ -771,15 +772,15 @@ static void on_target(void *user, const char *target, int n_modules, int64_t n)
 static void print_plan(const mft_plan *p, int json)
 {
     static const char *const names[] = { "weights_mapped", "weights_resident", "weights_held", "trainable", "gradients", "optimizer",
-                                         "activations", "workspaces", "step", "tokenizer", "data", "process", "total" };
-    size_t values[13];
+                                         "activations", "workspaces", "step", "tokenizer", "data", "process", "total", "state_mapped", "state_resident" };
+    size_t values[15];
     int    i;
     values[0] = p->weights_mapped; values[1] = p->weights_resident; values[2] = p->weights_held; values[3] = p->trainable; values[4] = p->gradients;
     values[5] = p->optimizer; values[6] = p->activations; values[7] = p->workspaces; values[8] = p->step; values[9] = p->tokenizer;
-    values[10] = p->data; values[11] = p->process; values[12] = p->total;
+    values[10] = p->data; values[11] = p->process; values[12] = p->total; values[13] = p->state_mapped; values[14] = p->state_resident;
     if (json) {
         printf("{");
-        for (i = 0; i < 13; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
+        for (i = 0; i < 15; i++) printf("\"%s\":%llu,", names[i], (unsigned long long)values[i]);
         printf("\"micro_batch\":%d,\"drops_pages\":%s,\"blocks\":%d,\"blocks_recomputed\":%d,\"mlp_rows\":%d,\"grad_checkpointing\":%s}", p->micro_batch,
                p->drops_pages ? "true" : "false", p->blocks, p->blocks_recomputed, p->mlp_rows, p->grad_checkpointing ? "true" : "false");
         return;
@@ -787,6 +788,8 @@ static void print_plan(const mft_plan *p, int json)
     printf("memory plan, MB\n");
     printf("  %-20s %10.1f   of a file of %.1f%s\n", "weights in use", megabytes(p->weights_resident), megabytes(p->weights_mapped),
            p->drops_pages ? ", dropped behind their use" : "");
+    if (p->state_mapped) printf("  %-20s %10.1f   of trained weights, gradients and moments of %.1f in a state file%s\n", "state in use", megabytes(p->state_resident),
+                                megabytes(p->state_mapped), p->drops_pages ? ", dropped behind their use" : "");
     for (i = 2; i < 13; i++) printf("  %s%-*s %10.1f\n", i == 6 || i == 7 ? "  " : "", i == 6 || i == 7 ? 18 : 20, names[i], megabytes(values[i]));
     printf("  activations and workspaces are the step; sequences per pass %d; blocks recomputed %d of %d", p->micro_batch, p->blocks_recomputed, p->blocks);
     if (p->blocks_recomputed) printf(", MLPs of %d tokens at a time", p->mlp_rows);
@@ -1221,7 +1224,7 @@ static int run_finetune(const options *given)
     if (saves(&o)) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
-    md.train_all = o.full; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing; md.checkpoint_bf16 = o.checkpoint_bf16;
+    md.train_all = o.full; md.state_dir = o.state_dir ? o.state_dir : o.plan ? "." : o.output; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing; md.checkpoint_bf16 = o.checkpoint_bf16;
     if ((status = load_model(&o, &s, &md)) != MFT_OK) goto failed;
     if (format != MFT_DATA_TOKENS && (status = mft_tokenizer_load(s.ctx, o.model, &s.tok)) != MFT_OK) {
         if (status != MFT_ERR_IO) goto failed;
@@ -2449,7 +2452,7 @@ static const command commands[] = {
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
       "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward seed assistant-loss-only train-on-prompt "
       "chat-template text-key prompt-key completion-key messages-key skip-bad-lines index index-above no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing checkpoint-bf16 memory-budget "
-      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
+      "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps state-dir checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
       "  mft finetune --model Qwen2.5-0.5B --data chats.jsonl --output adapter --lora-rank 16 --lora-modules all-linear --epochs 3\n"
       "  mft finetune --model gpt2 --data notes.txt --output tuned --full --lr 5e-5\n"
