@@ -42,7 +42,7 @@ typedef struct run {
     uint64_t     weights;                   /* hash of them all */
 } run;
 
-typedef struct way { int model, sgd; size_t budget; const char *state_dir; } way;
+typedef struct way { int model; mft_optimizer_kind kind; size_t budget; const char *state_dir; } way;
 
 static mft_status begin(way w, run *r)
 {
@@ -55,7 +55,8 @@ static mft_status begin(way w, run *r)
     cd.n_threads = 2; cd.memory_budget = w.budget;
     md.train_all = 1; md.grad_checkpointing = 1; md.state_dir = w.state_dir;
     td.learning_rate = 1e-3; td.grad_accum = 2; td.optimizer.weight_decay = 0.1;
-    if (w.sgd) { td.optimizer.kind = MFT_SGD; td.optimizer.momentum = 0.9; }
+    td.optimizer.kind = w.kind;
+    if (w.kind == MFT_SGD) td.optimizer.momentum = 0.9;
     if ((s = mft_context_create(&cd, &r->ctx)) != MFT_OK) return s;
     if ((s = mft_model_load(r->ctx, model_dir(w.model), &md, &r->m)) != MFT_OK) return s;
     if ((s = mft_trainer_create(r->m, NULL, &td, &r->tr)) != MFT_OK) return s;
@@ -129,9 +130,11 @@ enum { SMALL = 13 << 20 };                  /* below five times 4.3 MB; 16.9 MB 
 /* The state file changes no bit of losses, norms, weights and of what is saved; and memory holds what was planned. */
 static void test_bits(void)
 {
-    int model, sgd;
+    static const mft_optimizer_kind kinds[] = { MFT_ADAMW, MFT_SGD, MFT_ADAMW8BIT };
+    static const int least[] = { 16, 12, 9 };                   /* MB in the file */
+    int model, kind;
     for (model = 0; model < 2; model++)
-        for (sgd = 0; sgd < 2; sgd++) {
+        for (kind = 0; kind < 3; kind++) {
             way     w;
             run     plain, r;
             mft_memory_report memory;
@@ -139,12 +142,12 @@ static void test_bits(void)
             int     i;
             char    a[700], b[700];
             memset(&w, 0, sizeof w);
-            w.model = model; w.sgd = sgd;
+            w.model = model; w.kind = kinds[kind];
             CHECK_MSG(begin(w, &plain) == MFT_OK && steps(&plain, 0, STEPS) == MFT_OK, "%s", mft_error_message(plain.ctx));
             CHECK(plain.plan.state_mapped == 0 && plain.plan.trainable > (size_t)4 << 20);
             w.budget = SMALL; w.state_dir = in_room("state");
             CHECK_MSG(begin(w, &r) == MFT_OK && steps(&r, 0, STEPS) == MFT_OK, "%s", mft_error_message(r.ctx));
-            CHECK_MSG(r.plan.drops_pages && r.plan.state_mapped > (size_t)(sgd ? 12 : 16) << 20 && r.plan.total <= SMALL && r.plan.trainable < (size_t)200 << 10,
+            CHECK_MSG(r.plan.drops_pages && r.plan.state_mapped > (size_t)least[kind] << 20 && r.plan.total <= SMALL && r.plan.trainable < (size_t)200 << 10,
                       "drops %d, mapped %llu, total %llu, held %llu", r.plan.drops_pages, (unsigned long long)r.plan.state_mapped, (unsigned long long)r.plan.total, (unsigned long long)r.plan.trainable);
             CHECK(count_files(room, "mft-state") + count_files(in_room("state"), "") == 0);     /* it has no name */
             resident = resident_state();
@@ -152,7 +155,7 @@ static void test_bits(void)
             mft_memory(r.ctx, &memory);
             CHECK_MSG(memory.peak + r.plan.state_resident + r.plan.process <= SMALL + (16 << 10), "peak %llu", (unsigned long long)memory.peak);
             for (i = 0; i < STEPS; i++)
-                CHECK_MSG(plain.loss[i] == r.loss[i] && plain.norm[i] == r.norm[i], "model %d, step %d: loss %.17g, %.17g, norm %.17g, %.17g", model, i, plain.loss[i], r.loss[i], plain.norm[i], r.norm[i]);
+                CHECK_MSG(plain.loss[i] == r.loss[i] && plain.norm[i] == r.norm[i], "model %d, method %d, step %d: loss %.17g, %.17g, norm %.17g, %.17g", model, kind, i, plain.loss[i], r.loss[i], plain.norm[i], r.norm[i]);
             CHECK_MSG(mft_model_save(r.m, in_room("saved")) == MFT_OK && mft_model_save(plain.m, in_room("plain")) == MFT_OK, "%s", mft_error_message(r.ctx));
             snprintf(a, sizeof a, "%s/model.safetensors", in_room("saved")); snprintf(b, sizeof b, "%s/model.safetensors", in_room("plain"));
             CHECK(same_file(a, b));
