@@ -1340,7 +1340,7 @@ static void mft__passed(mft_context *ctx, const mft_tensor *w, int64_t first, in
 }
 
 /* The same for a walk from the first element to the last that has come to `to`; *from is where pages are still held. */
-static void mft__passing(mft_context *ctx, const mft_tensor *w, int64_t *from, int64_t to)
+MFT__UNUSED static void mft__passing(mft_context *ctx, const mft_tensor *w, int64_t *from, int64_t to)
 {
     if (to - *from < MFT__PAGED_PIECE && to < mft_tensor_numel(w)) return;
     mft__passed(ctx, w, *from, to - *from);

@@ -845,7 +845,7 @@ typedef struct mft__statefile {
     size_t          n_runs, cap;
 } mft__statefile;
 
-static void mft__statefile_close(mft__statefile *st)
+MFT__UNUSED static void mft__statefile_close(mft__statefile *st)
 {
     size_t i;
     if (!st) return;
@@ -858,7 +858,7 @@ static void mft__statefile_close(mft__statefile *st)
 
 #ifndef MFT_NO_MMAP
 /* A file of no bytes yet in a directory, which is made if need be. */
-static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
+MFT__UNUSED static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
 {
     mft__statefile *st = (mft__statefile *)mft__alloc_zero(ctx, sizeof *st);
     char        name[80], *path = NULL;
@@ -885,7 +885,7 @@ static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__st
 
 /* Zeroed bytes at the end of the file, on a page of their own, until it is closed: a context's take_pages. NULL with
  * the sentence set. */
-static void *mft__statefile_take(void *state, size_t bytes)
+MFT__UNUSED static void *mft__statefile_take(void *state, size_t bytes)
 {
     mft__statefile     *st = (mft__statefile *)state;
     size_t              page = (size_t)sysconf(_SC_PAGESIZE);
@@ -911,16 +911,16 @@ static void *mft__statefile_take(void *state, size_t bytes)
     return p;
 }
 #else
-static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
+MFT__UNUSED static mft_status mft__statefile_open(mft_context *ctx, const char *dir, mft__statefile **out)
 {
     *out = NULL;
     return mft__fail(ctx, MFT_ERR_UNSUPPORTED, "%s: no state file: this build maps no files", mft__path(dir));
 }
-static void *mft__statefile_take(void *state, size_t bytes) { (void)state; (void)bytes; return NULL; }
+MFT__UNUSED static void *mft__statefile_take(void *state, size_t bytes) { (void)state; (void)bytes; return NULL; }
 #endif
 
 /* Drops all of its pages. */
-static void mft__statefile_drop(const mft__statefile *st)
+MFT__UNUSED static void mft__statefile_drop(const mft__statefile *st)
 {
     size_t i;
     for (i = 0; st && i < st->n_runs; i++) mft__file_advise(st->runs[i].base, st->runs[i].bytes, 0);

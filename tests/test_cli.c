@@ -285,9 +285,9 @@ static void test_finetune(void)
     CHECK(number(j, "steps") == 2 && test_file_exists(in_room("full/model.safetensors")) && test_file_exists(in_room("full/config.json")));
     mft_json_destroy(j);
     CHECK(run("finetune --model @/q --data @/text.txt --plan --json") == 0);
-    j = one_object(out, "weights_mapped weights_resident weights_held trainable gradients optimizer activations workspaces step tokenizer data process total micro_batch drops_pages blocks blocks_recomputed mlp_rows grad_checkpointing");
+    j = one_object(out, "weights_mapped weights_resident weights_held trainable gradients optimizer activations workspaces step tokenizer data process total state_mapped state_resident micro_batch drops_pages blocks blocks_recomputed mlp_rows grad_checkpointing");
     CHECK(number(j, "gradients") == number(j, "trainable") && number(j, "trainable") > 0);
-    CHECK(number(j, "total") == number(j, "weights_resident") + number(j, "weights_held") + number(j, "trainable") + number(j, "gradients") + number(j, "optimizer") + number(j, "step") + number(j, "tokenizer") + number(j, "data") + number(j, "process"));
+    CHECK(number(j, "state_mapped") == 0 && number(j, "total") == number(j, "weights_resident") + number(j, "state_resident") + number(j, "weights_held") + number(j, "trainable") + number(j, "gradients") + number(j, "optimizer") + number(j, "step") + number(j, "tokenizer") + number(j, "data") + number(j, "process"));
     mft_json_destroy(j);
 }
 
