@@ -42,7 +42,7 @@ typedef struct run {
     uint64_t     weights;                   /* hash of them all */
 } run;
 
-typedef struct way { int model; mft_optimizer_kind kind; size_t budget; const char *state_dir; } way;
+typedef struct way { int model; mft_optimizer_kind kind; int early; size_t budget; const char *state_dir; } way;
 
 static mft_status begin(way w, run *r)
 {
@@ -55,7 +55,7 @@ static mft_status begin(way w, run *r)
     cd.n_threads = 2; cd.memory_budget = w.budget;
     md.train_all = 1; md.grad_checkpointing = 1; md.state_dir = w.state_dir;
     td.learning_rate = 1e-3; td.grad_accum = 2; td.optimizer.weight_decay = 0.1;
-    td.optimizer.kind = w.kind;
+    td.optimizer.kind = w.kind; td.update_in_backward = w.early;
     if (w.kind == MFT_SGD) td.optimizer.momentum = 0.9;
     if ((s = mft_context_create(&cd, &r->ctx)) != MFT_OK) return s;
     if ((s = mft_model_load(r->ctx, model_dir(w.model), &md, &r->m)) != MFT_OK) return s;
@@ -130,11 +130,11 @@ enum { SMALL = 13 << 20 };                  /* below five times 4.3 MB; 16.9 MB 
 /* The state file changes no bit of losses, norms, weights and of what is saved; and memory holds what was planned. */
 static void test_bits(void)
 {
-    static const mft_optimizer_kind kinds[] = { MFT_ADAMW, MFT_SGD, MFT_ADAMW8BIT };
-    static const int least[] = { 16, 12, 9 };                   /* MB in the file */
+    static const mft_optimizer_kind kinds[] = { MFT_ADAMW, MFT_SGD, MFT_ADAMW8BIT, MFT_ADAMW };
+    static const int least[] = { 16, 12, 9, 16 };                   /* MB in the file */
     int model, kind;
     for (model = 0; model < 2; model++)
-        for (kind = 0; kind < 3; kind++) {
+        for (kind = 0; kind < 4; kind++) {
             way     w;
             run     plain, r;
             mft_memory_report memory;
@@ -142,7 +142,7 @@ static void test_bits(void)
             int     i;
             char    a[700], b[700];
             memset(&w, 0, sizeof w);
-            w.model = model; w.kind = kinds[kind];
+            w.model = model; w.kind = kinds[kind]; w.early = kind == 3;
             CHECK_MSG(begin(w, &plain) == MFT_OK && steps(&plain, 0, STEPS) == MFT_OK, "%s", mft_error_message(plain.ctx));
             CHECK(plain.plan.state_mapped == 0 && plain.plan.trainable > (size_t)4 << 20);
             w.budget = SMALL; w.state_dir = in_room("state");
