@@ -6372,7 +6372,7 @@ MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int wor
     const mft__gemm_job *g = (const mft__gemm_job *)arg;
     float  *sums = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes);     /* [v_count / NL][4][4][W] */
     float   square[MFT__W * MFT__W], out[16];
-    int64_t apart = (end - begin + 3) / 4, block = g->v_count <= NL ? g->k : MFT__KC, i, l0, p0, n;     /* vectors stay in the first cache */
+    int64_t apart = (end - begin + 3) / 4, block = g->v_count <= NL ? g->k : (int64_t)MFT__KC, i, l0, p0, n;     /* vectors stay in the first cache */
     int     r, l, j;
     memset(sums, 0, sizeof(float) * (size_t)(mft__round_up(g->v_count, NL) / NL * 16 * MFT__W));
     for (i = begin; i < begin + apart; i++) {

@@ -13463,7 +13463,7 @@ static void mft__trainer_settings(const mft_trainer *tr, mft__setting out[MFT__N
         { "weight_decay", o->weight_decay }, { "max_grad_norm", o->max_grad_norm }, { "learning_rate", d->learning_rate },
         { "learning_rate_min", d->learning_rate_min }, { "schedule", (double)d->schedule }, { "warmup_steps", (double)tr->warmup },
         { "total_steps", (double)d->total_steps }, { "micro_batch", (double)d->micro_batch }, { "grad_accum", (double)d->grad_accum },
-        { "decay_all", (double)d->decay_all }, { "update_in_backward", d->update_in_backward != 0 }
+        { "decay_all", (double)d->decay_all }, { "update_in_backward", d->update_in_backward ? 1.0 : 0.0 }
     };
     memcpy(out, all, sizeof all);
 }

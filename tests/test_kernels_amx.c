@@ -8,18 +8,18 @@
 #define SOFT __attribute__((unused))          /* where there is no such row */
 
 typedef struct soft_tile { float cell[16][16]; } soft_tile;
-SOFT static __thread soft_tile tiles[8];          /* as the registers, each thread's own */
+SOFT static __thread soft_tile soft_tiles[8];          /* as the registers, each thread's own */
 SOFT static __thread int       configured;
 
 SOFT static void soft_load(int t, const void *p, int64_t pitch)
 {
     int r;
-    for (r = 0; r < 16; r++) memcpy(tiles[t].cell[r], (const char *)p + r * pitch, 64);
+    for (r = 0; r < 16; r++) memcpy(soft_tiles[t].cell[r], (const char *)p + r * pitch, 64);
 }
 SOFT static void soft_store(int t, void *p, int64_t pitch)
 {
     int r;
-    for (r = 0; r < 16; r++) memcpy((char *)p + r * pitch, tiles[t].cell[r], 64);
+    for (r = 0; r < 16; r++) memcpy((char *)p + r * pitch, soft_tiles[t].cell[r], 64);
 }
 SOFT static float soft_bf16(float cell, int high)
 {
@@ -38,10 +38,10 @@ SOFT static void soft_product(int c, int a, int b)
     for (m = 0; m < 16; m++) for (n = 0; n < 16; n++) {
         float even = 0, odd = 0;
         for (k = 0; k < 16; k++) {
-            even += soft_bf16(tiles[a].cell[m][k], 0) * soft_bf16(tiles[b].cell[k][n], 0);
-            odd  += soft_bf16(tiles[a].cell[m][k], 1) * soft_bf16(tiles[b].cell[k][n], 1);
+            even += soft_bf16(soft_tiles[a].cell[m][k], 0) * soft_bf16(soft_tiles[b].cell[k][n], 0);
+            odd  += soft_bf16(soft_tiles[a].cell[m][k], 1) * soft_bf16(soft_tiles[b].cell[k][n], 1);
         }
-        tiles[c].cell[m][n] += even + odd;
+        soft_tiles[c].cell[m][n] += even + odd;
     }
 }
 
@@ -49,7 +49,7 @@ SOFT static void soft_product(int c, int a, int b)
 #define MFT__AMX_TARGET
 #define MFT__TILE_CONFIG(c)          ((void)(c), configured = 1)
 #define MFT__TILE_RELEASE()          (configured = 0)
-#define MFT__TILE_ZERO(t)            memset(&tiles[t], 0, sizeof tiles[t])
+#define MFT__TILE_ZERO(t)            memset(&soft_tiles[t], 0, sizeof soft_tiles[t])
 #define MFT__TILE_LOAD(t, p, pitch)  soft_load(t, p, pitch)
 #define MFT__TILE_STORE(t, p, pitch) soft_store(t, p, pitch)
 #define MFT__TILE_BF16(c, a, b)      soft_product(c, a, b)
