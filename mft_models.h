@@ -13100,7 +13100,9 @@ MFT_API mft_status mft_trainer_plan(mft_trainer *tr, int batch, int seq, mft_pla
     if (!tr || !out) return MFT_ERR_INVALID_ARGUMENT;
     m = tr->model;
     n_recomputed = m->n_recomputed; mlp_rows = m->mlp_rows; drop_pages = tr->ctx->drop_pages;
-    s = mft__choose_memory(tr, batch ? batch : tr->desc.micro_batch, seq ? seq : tr->data ? mft__longest_row(tr) : 256, out);
+    if (!seq && tr->data) seq = mft__longest_row(tr);
+    if (!seq) seq = mft__families[m->config.family].positions ? (int)mft__min(256, m->config.max_position) : 256;
+    s = mft__choose_memory(tr, batch ? batch : tr->desc.micro_batch, seq, out);
     m->n_recomputed = n_recomputed; m->mlp_rows = mlp_rows; tr->ctx->drop_pages = drop_pages;
     return s;
 }
