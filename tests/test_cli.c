@@ -424,6 +424,10 @@ static void test_other_commands(void)
     j = one_object(out, "row threads precision peak_gflops bandwidth_gb_per_s results");
     CHECK(number(mft_json_at(mft_json_get(j, "results"), 0, NULL), "speed_ratio") > 0);
     mft_json_destroy(j);
+    CHECK(run("bench scaling --model tests/golden/qwen2 --max-steps 1 --threads 1 --json") == 0);       /* three lengths, and few learnt */
+    j = one_object(out, "row threads precision peak_gflops bandwidth_gb_per_s results");
+    CHECK(mft_json_count(mft_json_get(j, "results")) == 4 && number(mft_json_at(mft_json_get(j, "results"), 3, NULL), "time_ratio") > 0);
+    mft_json_destroy(j);
     expect("bench everything", 2, "kernels, ops, steps");
 
     CHECK(run("init --config @/config.json --seed 3 --output @/q2 --json") == 0);

@@ -7,6 +7,7 @@
  *   [STEPS]    whole optimizer steps of published shapes with random weights, or of a model given
  *   [DECODE]   one token after the other, beside the bandwidth at which memory could hand over the weights
  *   [THREADS]  more threads than cores, beside as many
+ *   [SCALING]  a token's time in long sequences beside short ones, and where few tokens are learnt
  *
  * A kernel's and an op's figure is the best of many runs within a quarter of a second: what else runs on the
  * machine only takes away. A step's is the median. Wants mft.h with its implementation before it. */
@@ -18,7 +19,7 @@
 #include <string.h>
 #include <sys/time.h>
 
-enum { BENCH_ALL, BENCH_KERNELS, BENCH_OPS, BENCH_STEPS_OF, BENCH_DECODE, BENCH_THREADS };      /* parts, as run_bench names them */
+enum { BENCH_ALL, BENCH_KERNELS, BENCH_OPS, BENCH_STEPS_OF, BENCH_DECODE, BENCH_THREADS, BENCH_SCALING };      /* parts, as run_bench names them */
 
 typedef struct bench {
     mft_context *ctx;
@@ -315,7 +316,7 @@ static const bench_shape bench_shapes[] = {
       "\"rope_theta\":1000000.0,\"tie_word_embeddings\":true}" }
 };
 
-typedef struct bench_mode { int full, batch, seq; } bench_mode;
+typedef struct bench_mode { int full, batch, seq, learnt; } bench_mode;     /* learnt: one token of so many, the last of each row; 0: all */
 
 static int bench_by_value(const void *a, const void *b) { return *(const double *)a > *(const double *)b ? 1 : *(const double *)a < *(const double *)b ? -1 : 0; }
 
@@ -330,8 +331,8 @@ static double bench_steps_of(mft_context *ctx, const char *dir, const bench_mode
     mft_progress     p;
     double           seconds[64], median = 0;
     uint32_t         random = 1;
-    int32_t         *ids = (int32_t *)malloc(sizeof(int32_t) * (size_t)mode->batch * (size_t)mode->seq);
-    int              i;
+    int              i, n_ids = mode->batch * mode->seq;
+    int32_t         *ids = (int32_t *)malloc(sizeof(int32_t) * 2 * (size_t)n_ids);             /* then labels */
     memset(&md, 0, sizeof md); memset(&td, 0, sizeof td); memset(&batch, 0, sizeof batch);
     md.train_all = mode->full;
     td.micro_batch = mode->batch;
@@ -339,11 +340,12 @@ static double bench_steps_of(mft_context *ctx, const char *dir, const bench_mode
     if (ids && mft_model_load(ctx, dir, &md, &m) == MFT_OK && (mode->full || mft_lora_attach(m, NULL) == MFT_OK)
         && mft_trainer_create(m, NULL, &td, &tr) == MFT_OK && mft_trainer_plan(tr, mode->batch, mode->seq, plan) == MFT_OK) {
         *config = *mft_model_get_config(m);
-        for (i = 0; i < mode->batch * mode->seq; i++) {
+        for (i = 0; i < n_ids; i++) {
             random = random * 1664525u + 1013904223u;
             ids[i] = (int32_t)((random >> 8) % (uint32_t)config->vocab_size);
+            ids[n_ids + i] = mode->learnt && i % mode->seq < mode->seq - mode->seq / mode->learnt ? -100 : ids[i];
         }
-        batch.input_ids = ids; batch.batch = mode->batch; batch.seq = mode->seq;
+        batch.input_ids = ids; batch.labels = ids + n_ids; batch.batch = mode->batch; batch.seq = mode->seq;
         for (i = -1; i < n && mft_trainer_step_batch(tr, &batch, 1, &p) == MFT_OK; i++) if (i >= 0) seconds[i] = p.seconds;
         if (i == n) { qsort(seconds, (size_t)n, sizeof *seconds, bench_by_value); median = seconds[n / 2]; }
     }
@@ -460,7 +462,7 @@ static int bench_decode_all(bench *b, const char *name, const char *dir)
 /* Steps of this context and of one with four threads a core, by turns; the ratio of the medians. */
 static int bench_threads(bench *b, const char *name, const char *dir)
 {
-    static const bench_mode mode = { 0, 1, 128 };
+    static const bench_mode mode = { 0, 1, 128, 0 };
     mft_context_desc d;
     mft_context     *many = NULL;
     mft_plan         plan;
@@ -487,11 +489,42 @@ static int bench_threads(bench *b, const char *name, const char *dir)
     return ok;
 }
 
+/* ==============================================================================
+ * MARK: - [SCALING] What a token costs where sequences are long, and where few are learnt
+ * ============================================================================== */
+
+/* LoRA steps of equally many tokens; each beside the first. */
+static int bench_scaling(bench *b, const char *name, const char *dir, int n_steps)
+{
+    static const bench_mode modes[] = { { 0, 16, 128, 0 }, { 0, 4, 512, 0 }, { 0, 1, 2048, 0 }, { 0, 16, 128, 10 } };
+    double first = 0;                       /* seconds a token */
+    size_t i;
+    for (i = 0; i < sizeof modes / sizeof *modes; i++) {
+        bench_mode       mode = modes[i];
+        mft_plan         plan;
+        mft_model_config c = { 0 };
+        double           s;
+        char             learnt[32] = "";
+        if (mft_model_inspect(b->ctx, dir, &c) != MFT_OK) return 0;
+        if (mode.seq > c.max_position) { mode.batch = (int)(mode.batch * mode.seq / c.max_position); mode.seq = (int)c.max_position; }
+        s = bench_steps_of(b->ctx, dir, &mode, n_steps, &plan, &c) / ((double)mode.batch * mode.seq);
+        if (s <= 0) return 0;
+        if (i == 0) first = s;
+        if (mode.learnt) snprintf(learnt, sizeof learnt, ", 1 of %d learnt", mode.learnt);
+        if (b->json) printf("%s{\"model\":\"%s\",\"batch\":%d,\"seq_len\":%d,\"learnt\":%.3g,\"seconds_per_token\":%.6g,\"time_ratio\":%.4g}", b->rows ? "," : "",
+                            name, mode.batch, mode.seq, mode.learnt ? 1.0 / mode.learnt : 1.0, s, s / first);
+        else printf("%-14s LoRA %3d x %-5d %9.1f us a token, %.2f times the first%s\n", name, mode.batch, mode.seq, s * 1e6, s / first, learnt);
+        fflush(stdout);
+        b->rows++;
+    }
+    return 1;
+}
+
 /* ---- published shapes ---- */
 /* A snapshot of the shape in the folder for temporary files, measured, and taken away again. */
 static int bench_shape_of(bench *b, const bench_shape *shape, int part, int n_steps)
 {
-    static const bench_mode modes[] = { { 0, 1, 128 }, { 0, 4, 256 }, { 1, 1, 128 }, { 1, 4, 256 } };
+    static const bench_mode modes[] = { { 0, 1, 128, 0 }, { 0, 4, 256, 0 }, { 1, 1, 128, 0 }, { 1, 4, 256, 0 } };
     const char *tmp = getenv("TMPDIR");
     char        dir[512], path[600];
     FILE       *f;
@@ -505,6 +538,7 @@ static int bench_shape_of(bench *b, const bench_shape *shape, int part, int n_st
     else ok = mft_model_init(b->ctx, path, 1, shape->dtype, dir) == MFT_OK
            && (part == BENCH_DECODE  ? bench_decode_all(b, shape->name, dir)
              : part == BENCH_THREADS ? bench_threads(b, shape->name, dir)
+             : part == BENCH_SCALING ? bench_scaling(b, shape->name, dir, n_steps)
                                      : bench_steps(b, shape->name, dir, modes, shape->dtype == MFT_F32 ? 4 : 2, n_steps));
     remove(path);
     snprintf(path, sizeof path, "%s/config.json", dir);       remove(path);

@@ -2367,7 +2367,7 @@ static int run_init(const options *o)
  * ============================================================================== */
 static int run_bench(const options *o)
 {
-    static const char *const parts[] = { "all", "kernels", "ops", "steps", "decode", "threads", NULL };
+    static const char *const parts[] = { "all", "kernels", "ops", "steps", "decode", "threads", "scaling", NULL };
     session    s;
     bench      b;
     bench_mode mode;
@@ -2384,10 +2384,12 @@ static int run_bench(const options *o)
     if (b.json) printf("\"results\":[");
     if (ok && (part == BENCH_ALL || part == BENCH_KERNELS)) ok = bench_kernels(&b);
     if (ok && (part == BENCH_ALL || part == BENCH_OPS))     ok = bench_ops(&b);
+    memset(&mode, 0, sizeof mode);
     mode.full = o->full; mode.batch = (int)o->batch_size; mode.seq = (int)o->seq_len;
     if (ok && o->model) ok = part == BENCH_DECODE  ? bench_decode_all(&b, o->model, o->model)
-                           : part == BENCH_THREADS ? bench_threads(&b, o->model, o->model) : bench_steps(&b, o->model, o->model, &mode, 1, n_steps);
-    else for (i = BENCH_STEPS_OF; ok && i <= BENCH_THREADS; i++) if (part == BENCH_ALL || part == i) ok = bench_shapes_of(&b, i, n_steps);
+                           : part == BENCH_THREADS ? bench_threads(&b, o->model, o->model)
+                           : part == BENCH_SCALING ? bench_scaling(&b, o->model, o->model, n_steps) : bench_steps(&b, o->model, o->model, &mode, 1, n_steps);
+    else for (i = BENCH_STEPS_OF; ok && i <= BENCH_SCALING; i++) if (part == BENCH_ALL || part == i) ok = bench_shapes_of(&b, i, n_steps);
     if (b.json) printf("]}\n");
     return close_session(&s, ok ? 0 : fail(&s, MFT_ERR_OUT_OF_MEMORY));
 }
@@ -2484,9 +2486,10 @@ static const command commands[] = {
       "  settings, samples and the place of the memory trace come from run.jsonl.about.json, which finetune --log run.jsonl writes\n", run_report },
     { "bench", "kernels, ops and training steps, measured beside the machine's peak", "PATH model full batch-size seq-len max-steps" COMMON,
       "  mft bench                                   everything; GPT-2 124M, Gemma-3-270M and Qwen2.5-0.5B with random weights\n"
-      "  mft bench kernels --kernels avx2            one part of it: kernels, ops, steps, decode or threads\n"
+      "  mft bench kernels --kernels avx2            one part of it: kernels, ops, steps, decode, threads or scaling\n"
       "  mft bench --model DIR --batch-size 4        training steps of a model of yours\n"
-      "  mft bench decode --model DIR                tokens of it, held as they are, as q8_0 and as q4_0\n", run_bench }
+      "  mft bench decode --model DIR                tokens of it, held as they are, as q8_0 and as q4_0\n"
+      "  mft bench scaling --model DIR               a token's time in sequences of 128, 512 and 2048, and where one of ten is learnt\n", run_bench }
 };
 enum { N_COMMANDS = (int)(sizeof commands / sizeof *commands) };
 
