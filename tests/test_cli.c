@@ -659,8 +659,8 @@ static void test_report_page(void)
     CHECK(!test_file_exists(in_room("no.html")) && access(in_room("no"), F_OK) != 0);
 }
 
-/* SIGINT in the middle: 130, a word on stderr, no adapter; a checkpoint if `asked`. */
-static void interrupt(int asked)
+/* SIGINT in the middle: 130, a word on stderr, no adapter; a checkpoint if the flags ask for one. */
+static void interrupt(const char *flags)
 {
     char   command[4000], log[700];
     pid_t  child;
@@ -668,7 +668,7 @@ static void interrupt(int asked)
     snprintf(log, sizeof log, "%s/live", room);
     unlink(log);
     snprintf(command, sizeof command, "exec %s finetune --model %s/q --data %s/text.txt --output %s/stopped --seq-len 16 --max-steps 100000000 --json --log %s %s >%s/.out 2>%s/.err", mft, room, room, room, log,
-             asked ? "--checkpoint-save-steps 1000000" : "", room, room);
+             flags, room, room);
     child = fork();
     if (child == 0) { execl("/bin/sh", "sh", "-c", command, (char *)NULL); _exit(127); }
     for (tries = 0; tries < 600; tries++) {                     /* until it is at work */
@@ -684,11 +684,17 @@ static void interrupt(int asked)
     out = test_read_file(in_room(".out"), NULL); err = test_read_file(in_room(".err"), NULL);
     CHECK(out && err && !*out && strstr(err, "interrupted"));
     CHECK(!test_file_exists(in_room("stopped/adapter_model.safetensors")));
-    CHECK_MSG((strstr(err, "--resume-from latest") != NULL) == asked, "%s", err);
-    if (asked) expect("finetune --model @/q --data @/text.txt --output @/stopped --seq-len 16 --max-steps 1 --resume-from latest", 0, "goes on behind step");
+    CHECK_MSG((strstr(err, "--resume-from latest") != NULL) == (*flags != '\0'), "%s", err);
 }
 
-static void test_interrupt(void) { interrupt(0); interrupt(1); }
+static void test_interrupt(void)
+{
+    interrupt("");
+    interrupt("--checkpoint-save-steps 1000000");
+    interrupt("--resume-from latest");                          /* who resumes has checkpoints, and wants more */
+    CHECK(count_files(in_room("stopped"), "checkpoint-") == 2);
+    expect("finetune --model @/q --data @/text.txt --output @/stopped --seq-len 16 --max-steps 1 --resume-from latest", 0, "goes on behind step");
+}
 
 int main(void)
 {

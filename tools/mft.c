@@ -911,7 +911,7 @@ static void report_data(const options *o, const char *path, mft_dataset *data, i
 }
 
 /* Are checkpoints asked for, and where do they go? */
-static int         saves(const options *o)    { return o->checkpoint_save_steps || o->checkpoint_save_dir || o->load_best; }
+static int         saves(const options *o)    { return o->checkpoint_save_steps || o->checkpoint_save_dir || o->load_best || o->resume_from; }
 static const char *save_dir(const options *o) { return o->checkpoint_save_dir ? o->checkpoint_save_dir : o->output; }
 
 /* The flags that say how to train, as the library has them. 0: a sentence is on stderr. */
