@@ -1382,6 +1382,7 @@ MFT_API size_t mft_dtype_bytes(mft_dtype dtype, int64_t n)
 }
 
 static int mft__is_float(mft_dtype d) { return d == MFT_F32 || d == MFT_F16 || d == MFT_BF16; }
+static int mft__is_master(mft_dtype d) { return d == MFT_F32 || d == MFT_BF16; }      /* can be trained: see [OPTIMIZER] */
 static int mft__is_quantized(mft_dtype d) { return d == MFT_Q8_0 || d == MFT_Q4_0; }
 
 MFT_API int64_t mft_tensor_numel(const mft_tensor *t)
@@ -3721,8 +3722,8 @@ static mft_tensor *mft__linear_input(mft_context *ctx, const char *op, mft_tenso
     if ((!mft__is_float(w->dtype) && !mft__is_quantized(w->dtype)) || (w->stride[0] != 1 && w->stride[1] != 1))
         return mft__op_shapes(ctx, op, w, NULL);
     if (bias && (bias->ndim != 1 || bias->shape[0] != w->shape[0] || !mft__plain(bias))) return mft__op_shapes(ctx, op, w, bias);
-    if (w->trainable && w->dtype != MFT_F32)
-        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: a trainable weight must be f32, not %s", op, mft_dtype_name(w->dtype)));
+    if (w->trainable && !mft__is_master(w->dtype))
+        return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "%s: a trainable weight must be f32 or bf16, not %s", op, mft_dtype_name(w->dtype)));
     return mft__plain_input(ctx, op, x);
 }
 
@@ -3848,7 +3849,7 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
     mft_tensor  *y;
     int64_t      shape[3], i, piece;
     if (!mft__op_inputs(ctx, "mft_embedding", ctx && mft__fresh(table) && ids)) return NULL;
-    if (table->ndim != 2 || !mft__is_contiguous(table) || (table->trainable && table->dtype != MFT_F32)
+    if (table->ndim != 2 || !mft__is_contiguous(table) || (table->trainable && !mft__is_master(table->dtype))
         || (!mft__is_float(table->dtype) && !mft__is_quantized(table->dtype))) return mft__op_shapes(ctx, "mft_embedding", table, NULL);
     if (batch < 1 || seq < 1 || batch > ((int64_t)1 << 56) / seq)
         return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_embedding: there is no batch of %lld sequences of %lld tokens", (long long)batch, (long long)seq));
@@ -5262,7 +5263,7 @@ MFT_API mft_status mft_optimizer_create(mft_context *ctx, const mft_optimizer_de
     *out = NULL;
     if (n_params < 1 || !params) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: no parameters");
     for (i = 0; i < n_params; i++)
-        if (!params[i] || (params[i]->dtype != MFT_F32 && params[i]->dtype != MFT_BF16) || mft__of(params[i])->kind == MFT__STEP_TENSOR)
+        if (!params[i] || !mft__is_master(params[i]->dtype) || mft__of(params[i])->kind == MFT__STEP_TENSOR)
             return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_optimizer_create: parameter %d is not a held f32 or bf16 tensor", i);
     if (desc && (!(desc->beta1 >= 0 && desc->beta1 < 1) || !(desc->beta2 >= 0 && desc->beta2 < 1) || !(desc->eps >= 0) || !(desc->momentum >= 0)
                  || !(desc->weight_decay >= 0) || desc->max_grad_norm != desc->max_grad_norm))

@@ -387,6 +387,8 @@ typedef struct mft_model_desc {
                                                blocks, while embeddings and head, and rows that are no multiple of 32, stay as they
                                                are; converted piece by piece         [NULL = as the file has them, in place] */
     int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
+    const char *master_dtype;               /* with train_all: "f32", or "bf16" for the matrices, at half the memory; what is
+                                               updated is rounded by chance, see mft_optimizer_create           ["f32"] */
     const char *state_dir;                  /* full fine-tuning under a memory budget below five times the weights in f32: a directory
                                                with room for weights, gradients and moments, which then lie in a file there and are in
                                                memory only while in use. The file has no name and ends with the model and its trainer
@@ -588,7 +590,7 @@ MFT_API mft_status mft_memory_trace_close(mft_memory_trace *trace);
  *
  *   A checkpoint is a directory that appears whole or not at all:
  *     adapter_config.json, adapter_model.safetensors     the adapter as PEFT has it; in full fine-tuning a snapshot
- *                               with weights in f32
+ *                               with weights as they are held
  *     optimizer.safetensors     moments and their step
  *     trainer_state.json        steps done, position in the data, seeds, settings; hashes of base, tokenizer and data,
  *                               and of the files above
@@ -10714,7 +10716,7 @@ static mft_status mft__load_parameter(mft_model *m, mft__parameter *p, int64_t o
     }
     if (!mft__is_float(e->dtype)) return mft__fail(ctx, MFT_ERR_FORMAT, "%s: %s has dtype %s, not a float", file, e->name, e->dtype_name);
     p->file_dtype = e->dtype;
-    dtype = train || ndim == 1 ? MFT_F32 : convert >= 0 ? (mft_dtype)convert : e->dtype;
+    dtype = train || ndim == 1 ? (ndim == 2 && m->desc.master_dtype ? MFT_BF16 : MFT_F32) : convert >= 0 ? (mft_dtype)convert : e->dtype;
     if (mft__is_quantized(dtype) && (!in_block || shape[1] % 32)) dtype = e->dtype;
     if (dtype == e->dtype && ndim == 2 && !train) {             /* in place, if it lies as its numbers need */
         bytes = mft__safetensors_pages(m->files, e, &pages);
@@ -10995,11 +10997,14 @@ MFT_API mft_status mft_model_load(mft_context *ctx, const char *snapshot_dir, co
     if (!snapshot_dir) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: no directory");
     if (desc && desc->weights && !mft__weights_find(desc->weights))
         return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: weights \"%s\" is none of f32, f16, bf16, q8_0, q4_0", desc->weights);
+    if (desc && desc->master_dtype && ((strcmp(desc->master_dtype, "f32") && strcmp(desc->master_dtype, "bf16")) || !desc->train_all))
+        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "mft_model_load: master_dtype \"%s\": it is f32 or bf16, and for train_all", desc->master_dtype);
     m = (mft_model *)mft__alloc_zero(ctx, sizeof *m);
     if (!m) return MFT_ERR_OUT_OF_MEMORY;
     m->ctx = ctx; m->active = -1;
     if (desc) m->desc = *desc;
     if (m->desc.weights) m->desc.weights = mft__weights_find(m->desc.weights)->name;      /* the caller's may go */
+    m->desc.master_dtype = desc && desc->master_dtype && !strcmp(desc->master_dtype, "bf16") ? "bf16" : NULL;
     mft__object_add(ctx, &m->object, mft__model_destroy_object);
     m->dir = mft__strdup(ctx, snapshot_dir);
     path   = mft__path_join(ctx, snapshot_dir, "config.json");
@@ -13537,6 +13542,12 @@ static mft_status mft__trainer_identify(mft_trainer *tr)
     return s;
 }
 
+/* In which dtype the model has its weights. */
+static const char *mft__weights_held(const mft_model *m)
+{
+    return m->desc.master_dtype ? "for training in bf16" : m->desc.weights ? m->desc.weights : "as stored";
+}
+
 /* ---- saving ---- */
 static void mft__json_write_hex(mft__json_writer *w, const char *key, uint64_t v)     /* JSON's numbers end at 2^53 */
 {
@@ -13606,7 +13617,7 @@ static mft_status mft__trainer_state(mft_trainer *tr, const char *dir, char **ou
     mft__json_write_open(&w, '{');
     mft__json_write_key(&w, "path");           mft__json_write_string(&w, tr->model->dir, -1);
     mft__json_write_key(&w, "model_type");     mft__json_write_string(&w, tr->model->config.model_type, -1);
-    mft__json_write_key(&w, "weights");        mft__json_write_string(&w, tr->model->desc.weights ? tr->model->desc.weights : "as stored", -1);
+    mft__json_write_key(&w, "weights");        mft__json_write_string(&w, mft__weights_held(tr->model), -1);
     mft__json_write_hex(&w, "hash", tr->base_hash);
     mft__json_write_hex(&w, "tokenizer_hash", tr->tokenizer_hash);
     mft__json_write_close(&w, '}');
@@ -13861,7 +13872,7 @@ static mft_status mft__resume_base(const mft__resume *r)
     const mft_json *base = mft_json_get(r->state, "base");
     const char     *type = mft_json_string(mft_json_get(base, "model_type"), NULL), *path = mft_json_string(mft_json_get(base, "path"), NULL);
     const mft_model *m = r->tr->model;
-    const char      *held = mft_json_string(mft_json_get(base, "weights"), NULL), *holds = m->desc.weights ? m->desc.weights : "as stored";
+    const char      *held = mft_json_string(mft_json_get(base, "weights"), NULL), *holds = mft__weights_held(m);
     if (!held || strcmp(held, holds)) return mft__refuse(r, "the base's weights were held %.40s, here they are held %s", held ? held : "?", holds);
     if (!type || strcmp(type, m->config.model_type)) return mft__refuse(r, "the checkpoint's base is a %.40s, this one, %.200s, a %s", type ? type : "?", m->dir, m->config.model_type);
     if (mft__json_hex(mft_json_get(base, "hash")) != r->tr->base_hash)

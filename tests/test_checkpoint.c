@@ -39,7 +39,7 @@ static void make_base(const char *name, const char *tokenizer)
 /* How a run is made. Zero: the usual one. */
 typedef struct recipe {
     const char *base;                       /* in the room ["base"]; a path with '/' is one */
-    int         threads, full, rank, rows, accum, momentum, optim, micro;
+    int         threads, full, rank, rows, accum, momentum, optim, bf16, micro;
     const char *targets, *weights;
     float       alpha, dropout;
     double      lr;
@@ -72,7 +72,7 @@ static mft_status try_open(const recipe *k, run *r)
     mft_status       s;
     memset(r, 0, sizeof *r); memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&ld, 0, sizeof ld); memset(&dd, 0, sizeof dd); memset(&td, 0, sizeof td);
     cd.n_threads = k->threads ? k->threads : 1; cd.seed = k->seed ? k->seed : 5; cd.allocator = k->allocator; cd.log = k->log; cd.precision = k->precision; cd.memory_budget = k->budget;
-    md.train_all = k->full; md.weights = k->weights;
+    md.train_all = k->full; md.weights = k->weights; md.master_dtype = k->bf16 ? "bf16" : NULL;
     ld.rank = k->rank ? k->rank : 3; ld.alpha = k->alpha; ld.dropout = k->dropout ? k->dropout : 0.2f; ld.targets = k->targets ? k->targets : "all-linear";
     dd.max_seq_len = 12; dd.seed = k->data_seed ? k->data_seed : 3;
     td.micro_batch = k->micro ? k->micro : 2; td.grad_accum = k->accum ? k->accum : 2; td.learning_rate = k->lr ? k->lr : 1e-2;
@@ -142,7 +142,7 @@ static uint64_t bits(run *r)
  * replaces the one before, with other threads after it. 11 rows in windows of 2 x 2 end in the middle of a window. */
 static void test_same_bits(void)
 {
-    recipe ways[7];
+    recipe ways[9];
     int    w, stop;
     memset(ways, 0, sizeof ways);
     ways[1].full = 1;
@@ -151,6 +151,8 @@ static void test_same_bits(void)
     ways[4].base = "tests/golden/gpt2"; ways[4].full = 1;         /* Conv1D: matrices that lie the other way */
     ways[5].base = "tests/golden/qwen2_bf16"; ways[5].full = 1;   /* weights that the snapshot has in bf16 */
     ways[6].full = 1; ways[6].optim = MFT_ADAMW8BIT;
+    ways[7].full = 1; ways[7].bf16 = 1;                           /* masters that are rounded by chance */
+    ways[8].full = 1; ways[8].bf16 = 1; ways[8].optim = MFT_ADAMW8BIT; ways[8].base = "tests/golden/gpt2";
     for (w = 0; w < (int)(sizeof ways / sizeof *ways); w++) {
         run      r = open_run(&ways[w]);
         uint64_t straight;

@@ -1751,6 +1751,61 @@ static void test_update_in_backward_refusals(void)
     mft_context_destroy(r.ctx);
 }
 
+/* ---- masters in bf16 ---- */
+
+/* A bf16 snapshot held in f32 and in bf16 for training is the same model: losses and gradients agree to the noise of
+ * the products, which read bf16 as it is. Then steps: another model, at half the memory. */
+static void test_bf16_masters(void)
+{
+    mft_context   *ctx = NULL;
+    mft_model     *m[2];
+    mft_model_desc d;
+    mft_trainer   *tr;
+    mft_memory_report r[3];
+    int32_t        ids[3 * 14];
+    mft_batch      b;
+    float          loss[2];
+    double         worst = 0;
+    int            k, i;
+    memset(&d, 0, sizeof d);
+    CHECK(mft_context_create(NULL, &ctx) == MFT_OK);
+    d.master_dtype = "bf16";
+    CHECK(mft_model_load(ctx, golden_dir("qwen2_bf16"), &d, &m[0]) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(ctx), "train_all"));
+    d.train_all = 1; d.master_dtype = "f16";
+    CHECK(mft_model_load(ctx, golden_dir("qwen2_bf16"), &d, &m[0]) == MFT_ERR_INVALID_ARGUMENT && strstr(mft_error_message(ctx), "f16"));
+    for (k = 0; k < 2; k++) {
+        d.master_dtype = k ? "bf16" : "f32";
+        mft_memory(ctx, &r[k]);
+        CHECK_MSG(mft_model_load(ctx, golden_dir("qwen2_bf16"), &d, &m[k]) == MFT_OK, "%s", mft_error_message(ctx));
+        random_ids(ids, 3 * 14, (int32_t)m[k]->config.vocab_size, 3);
+        b = batch_of(ids, 3, 14);
+        { mft_tensor *l = mft_model_loss(m[k], &b, 0); loss[k] = mft_tensor_item(l); CHECK(mft_backward(ctx, l) == MFT_OK); mft_step_reset(ctx); }
+    }
+    mft_memory(ctx, &r[2]);
+    CHECK(2 * (r[2].weights - r[1].weights) < (r[1].weights - r[0].weights) * 11 / 10);      /* vectors stay f32 */
+    CHECK_MSG(fabs((double)loss[1] / loss[0] - 1) < 1e-6, "%.9g and %.9g", (double)loss[0], (double)loss[1]);
+    for (i = 0; i < m[0]->n_params; i++) {
+        const float *x = (const float *)m[0]->params[i].t->grad->data, *y = (const float *)m[1]->params[i].t->grad->data;
+        double       most = 1e-30, gap = 0;
+        int64_t      j;
+        CHECK(m[1]->params[i].t->dtype == (m[1]->params[i].t->ndim == 2 ? MFT_BF16 : MFT_F32));
+        for (j = 0; j < mft_tensor_numel(m[0]->params[i].t); j++) { if (fabs((double)x[j]) > most) most = fabs((double)x[j]); if (!(fabs((double)x[j] - (double)y[j]) <= gap)) gap = fabs((double)x[j] - (double)y[j]); }
+        if (!(gap / most <= worst)) worst = gap / most;
+    }
+    CHECK_MSG(worst < 1e-5, "gradients %g apart", worst);
+    for (i = 0; i < m[1]->n_params; i++) mft__of(m[1]->params[i].t)->grad_written = 0;
+    tr = trainer_of(m[1], NULL, NULL);
+    for (k = 0; k < 30; k++) {
+        mft_progress p;
+        CHECK(mft_trainer_step_batch(tr, &b, 1, &p) == MFT_OK);
+        if (k == 29) CHECK_MSG(p.loss < loss[1] - 0.05, "from %g to %g", (double)loss[1], p.loss);      /* what it sees again and again it learns */
+    }
+    CHECK(mft_model_save(m[1], in_room("masters")) == MFT_OK);
+    mft_trainer_destroy(tr);
+    mft_context_destroy(ctx);
+    remove_dir(in_room("masters"));
+}
+
 int main(void)
 {
     if (!room_make("models")) return 1;
@@ -1781,6 +1836,7 @@ int main(void)
     TEST(test_plan_and_memory);
     TEST(test_update_in_backward);
     TEST(test_update_in_backward_refusals);
+    TEST(test_bf16_masters);
     TEST(test_every_allocation_fails);
     TEST(test_greedy);
     TEST(test_generation_ends);

@@ -1422,8 +1422,8 @@ static void test_refusals(void)
     refused(ctx, mft_cross_entropy(ctx, a, bad, 0), "every label is -100");
     refused(ctx, mft_linear_cross_entropy(ctx, a, a, bad, 0, 0), "every label is -100");
     refused(ctx, mft_add(ctx, a, NULL), "mft_add: an input is NULL");
-    bf->trainable = 1;
-    refused(ctx, mft_linear(ctx, a, bf, NULL), "a trainable weight must be f32, not BF16");
+    bf->trainable = 1; bf->dtype = MFT_F16;
+    refused(ctx, mft_linear(ctx, a, bf, NULL), "a trainable weight must be f32 or bf16, not F16");
     CHECK(mft_backward(ctx, mft_sum(ctx, a)) == MFT_OK);        /* nothing trainable: nothing to do */
     CHECK(mft_backward(ctx, a) == MFT_ERR_INVALID_ARGUMENT);    /* not a scalar */
     CHECK(mft_add(NULL, a, b) == NULL && mft_sum(NULL, a) == NULL && mft_embedding(NULL, a, ids, 1, 3, -1) == NULL);

@@ -431,6 +431,63 @@ static void test_resume(void)
     }
 }
 
+/* ---- bf16 parameters ---- */
+
+/* Against f32 ones with the same numbers and state: one of the two neighbours of what f32 would have, the mean of many
+ * is f32's, and no thread changes a bit. The updates are far below half a step, where rounding to nearest would lose all. */
+static void test_bf16_parameters(void)
+{
+    enum { N = 40037 };
+    int kind;
+    for (kind = 0; kind < 3; kind++) {
+        static uint16_t result[2][N];
+        int threads;
+        for (threads = 1; threads <= 2; threads++) {
+            mft_context_desc cd;
+            mft_context   *ctx = NULL;
+            int64_t        s[1] = { N };
+            mft_tensor    *p[2];
+            mft_optimizer *opt;
+            mft_optimizer_desc d;
+            float          g[N];
+            double         mean[2] = { 0, 0 };
+            uint32_t       seed = 4;
+            int            i, step, up = 0;
+            memset(&cd, 0, sizeof cd); memset(&d, 0, sizeof d);
+            cd.n_threads = threads;
+            CHECK(mft_context_create(&cd, &ctx) == MFT_OK);
+            d.kind = (mft_optimizer_kind)kind; d.max_grad_norm = -1;
+            p[0] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 1, s); p[1] = mft_tensor_create(ctx, MFT_HELD, MFT_BF16, 1, s);
+            p[0]->trainable = 1;
+            for (i = 0; i < N; i++) {
+                float x = mft__bf16_to_float(mft__float_to_bf16(1 + 0.5f * test_random(&seed)));
+                ((float *)p[0]->data)[i] = x; ((uint16_t *)p[1]->data)[i] = mft__float_to_bf16(x);
+            }
+            CHECK(mft_optimizer_create(ctx, &d, p, NULL, 2, &opt) == MFT_OK);
+            for (step = 0; step < 2; step++) {
+                for (i = 0; i < N; i++) g[i] = -1 - 0.1f * test_random(&seed);
+                give_gradient(ctx, p[0], g);
+                if (!p[1]->grad) p[1]->grad = mft__tensor_held(ctx, MFT__GRADIENTS, MFT_F32, 1, s, NULL);
+                memcpy(p[1]->grad->data, g, sizeof g); mft__of(p[1])->grad_written = 1;
+                CHECK(mft_optimizer_step(opt, 5e-4, NULL) == MFT_OK);           /* a tenth of a bf16 step of numbers about 1 */
+                for (i = 0; step == 0 && i < N; i++) {
+                    float  exact = ((float *)p[0]->data)[i], got = mft__bf16_to_float(((uint16_t *)p[1]->data)[i]);
+                    float  below = mft__bits_to_float(mft__float_to_bits(exact) & 0xffff0000u), above = mft__bits_to_float((mft__float_to_bits(exact) & 0xffff0000u) + 0x10000u);
+                    CHECK_MSG(got == below || got == above, "%g became %g", (double)exact, (double)got);
+                    up += got == above;
+                }
+            }
+            for (i = 0; i < N; i++) { mean[0] += ((float *)p[0]->data)[i]; mean[1] += mft__bf16_to_float(((uint16_t *)p[1]->data)[i]); }
+            /* the mean moved by 1e-3; 40037 roundings of steps up to 8e-3 spread by 4e-3 * sqrt(2 / 40037) / ... < 2.4e-5; ends four such away */
+            CHECK_MSG(fabs(mean[0] - mean[1]) / N < 1e-4 && up > N / 50 && up < N / 4, "kind %d: the means are %g apart, %d of %d went up", kind, (mean[0] - mean[1]) / N, up, (int)N);
+            memcpy(result[threads - 1], p[1]->data, sizeof result[0]);
+            mft_tensor_destroy(ctx, p[1]);
+            mft_context_destroy(ctx);
+        }
+        CHECK(memcmp(result[0], result[1], sizeof result[0]) == 0);
+    }
+}
+
 static void test_create_refusals(void)
 {
     mft_context   *ctx = context_of_row(0);
@@ -496,7 +553,7 @@ static void test_schedules(void)
 int main(void)
 {
     TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_codes); TEST(test_adamw8bit); TEST(test_clip_small_norms);
-    TEST(test_not_finite); TEST(test_extreme_gradients); TEST(test_zeroed); TEST(test_resume);
+    TEST(test_not_finite); TEST(test_extreme_gradients); TEST(test_zeroed); TEST(test_resume); TEST(test_bf16_parameters);
     TEST(test_create_refusals); TEST(test_state_names); TEST(test_schedules);
     return test_report("optimizer");
 }

@@ -29,7 +29,7 @@ typedef struct several { const char *at[16]; int n; } several;      /* of a flag
 typedef struct options {
     const char *model, *data, *output, *eval_data, *adapter, *lora_modules, *lr_scheduler, *optim, *format, *chat_template;
     const char *checkpoint_save_dir, *resume_from, *state_dir, *text_key, *prompt_key, *completion_key, *messages_key;
-    const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels, *index;
+    const char *precision, *quantize, *log, *memory_trace, *prompt, *text, *file, *decode, *jsonl, *tokens, *config, *dtype, *kernels, *index, *master_dtype;
     int64_t batch_size, grad_accum_steps, seq_len, epochs, max_steps, lora_rank, warmup_steps, max_tokens, top_k, stride, threads, n_layers;
     int64_t seed, memory_budget, index_above, checkpoint_save_steps, save_total_limit, eval_steps, early_stopping_patience, max_nonfinite_steps;
     double  lora_alpha, lora_dropout, lr, lr_min, warmup_ratio, weight_decay, max_grad_norm, temperature, top_p, repetition_penalty;
@@ -109,6 +109,7 @@ static const flag flags[] = {
     { "grad-checkpointing", SWITCH,  AT(grad_checkpointing), 0, 0, NULL,   "recompute every block in the backward pass: least memory     [as many as it takes]" },
     { "checkpoint-bf16",    SWITCH,  AT(checkpoint_bf16),    0, 0, NULL,   "recomputed blocks keep their inputs in bf16: half the memory, rounded gradients" },
     { "quantize",           STRING,  AT(quantize),           0, 0, "KIND", "hold the frozen blocks as q8_0 or q4_0                       [none]" },
+    { "master-dtype",       STRING,  AT(master_dtype),       0, 0, "KIND", "--full: hold the trained matrices as f32 or bf16             [f32]" },
     { "no-grad-checkpointing", SWITCH,  AT(no_grad_checkpointing), 0, 0, NULL, "recompute none: fastest" },
     { "memory-budget",      BYTES,   AT(memory_budget),      0, 0, "SIZE", "most memory to use, weights in it: 512M, 2G                  [no limit]" },
     { "state-dir",          STRING,  AT(state_dir),          0, 0, "DIR",  "--full with --memory-budget: where weights, gradients and moments go that memory has no room for [the output]" },
@@ -575,12 +576,12 @@ static int close_session(session *s, int exit_status)
 
 static int open_session(const options *o, session *s)
 {
-    static const char *const precisions[] = { "f32", "bf16", NULL }, *const storages[] = { "none", "q8_0", "q4_0", NULL };
+    static const char *const precisions[] = { "f32", "bf16", NULL }, *const storages[] = { "none", "q8_0", "q4_0", NULL }, *const masters[] = { "f32", "bf16", NULL };
     mft_context_desc d;
     mft_status       status;
     int              precision = choice("precision", o->precision, precisions);
     memset(s, 0, sizeof *s);
-    if (precision < 0 || choice("quantize", o->quantize, storages) < 0) return 2;
+    if (precision < 0 || choice("quantize", o->quantize, storages) < 0 || choice("master-dtype", o->master_dtype, masters) < 0) return 2;
     memset(&d, 0, sizeof d);
     d.n_threads = (int)o->threads; d.kernels = o->kernels; d.precision = (mft_precision)precision;
     d.memory_budget = (size_t)o->memory_budget; d.seed = (uint64_t)o->seed; d.log = on_log; d.log_user = &s->n_skipped;
@@ -1145,6 +1146,7 @@ static int finetune_flags_fit(const options *o)
     if (o->adapter && (o->lora_rank || o->lora_modules || o->use_dora || o->use_rslora))
         wrong = "--adapter says rank and modules itself: leave --lora-rank, --lora-modules, --use-dora, --use-rslora out";
     if (o->full && o->quantize && strcmp(o->quantize, "none")) wrong = "--quantize is for a frozen base: not with --full";
+    if (!o->full && (o->master_dtype || o->update_in_backward)) wrong = "--master-dtype and --update-in-backward are for --full";
     if (o->max_steps && o->epochs) wrong = "--epochs or --max-steps, not both";
     if (o->eval_data && o->eval_split > 0) wrong = "--eval-data or --eval-split, not both";
     if (wrong) fprintf(stderr, "mft finetune: %s\n", wrong);
@@ -1224,7 +1226,7 @@ static int run_finetune(const options *given)
     if (saves(&o)) signal_cancel = 2;
     if (o.chat_template && !(template_text = read_text(o.chat_template, &bytes))) { exit_status = 1; goto done; }
     memset(&md, 0, sizeof md);
-    md.train_all = o.full; md.state_dir = o.state_dir ? o.state_dir : o.plan ? "." : o.output; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing; md.checkpoint_bf16 = o.checkpoint_bf16;
+    md.train_all = o.full; md.master_dtype = o.master_dtype; md.state_dir = o.state_dir ? o.state_dir : o.plan ? "." : o.output; md.grad_checkpointing = o.grad_checkpointing - o.no_grad_checkpointing; md.checkpoint_bf16 = o.checkpoint_bf16;
     if ((status = load_model(&o, &s, &md)) != MFT_OK) goto failed;
     if (format != MFT_DATA_TOKENS && (status = mft_tokenizer_load(s.ctx, o.model, &s.tok)) != MFT_OK) {
         if (status != MFT_ERR_IO) goto failed;
@@ -2452,7 +2454,7 @@ done:
 static const command commands[] = {
     { "finetune", "train a LoRA adapter, or all weights, on your data",
       "model data output eval-data adapter format full plan lora-rank lora-alpha lora-dropout lora-modules use-rslora use-dora batch-size grad-accum-steps seq-len "
-      "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward seed assistant-loss-only train-on-prompt "
+      "epochs max-steps lr lr-min lr-scheduler warmup-steps warmup-ratio weight-decay max-grad-norm optim update-in-backward master-dtype seed assistant-loss-only train-on-prompt "
       "chat-template text-key prompt-key completion-key messages-key skip-bad-lines index index-above no-pack no-shuffle quantize grad-checkpointing no-grad-checkpointing checkpoint-bf16 memory-budget "
       "eval-split eval-steps early-stopping-patience load-best max-nonfinite-steps state-dir checkpoint-save-steps checkpoint-save-dir save-total-limit resume-from config log memory-trace samples sample-prompt" COMMON,
       "  mft finetune --model gpt2 --data mail.txt --output adapter\n"
