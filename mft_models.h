@@ -386,9 +386,9 @@ typedef struct mft_model_desc {
     const char *weights;                    /* storage of frozen weights: "f32", "f16", "bf16"; "q8_0", "q4_0": of the matrices in
                                                blocks, while embeddings and head, and rows that are no multiple of 32, stay as they
                                                are; converted piece by piece         [NULL = as the file has them, in place] */
-    int         train_all;                  /* full fine-tuning: every weight is held in f32 and trainable      [false] */
-    const char *master_dtype;               /* with train_all: "f32", or "bf16" for the matrices, at half the memory; what is
-                                               updated is rounded by chance, see mft_optimizer_create           ["f32"] */
+    int         train_all;                  /* full fine-tuning: every weight is held, and trainable            [false] */
+    const char *master_dtype;               /* with train_all, how they are held: "f32", or "bf16" for the matrices, at half the memory
+                                               (in a state file too) and rounded by chance, see mft_optimizer_create  ["f32"] */
     const char *state_dir;                  /* full fine-tuning under a memory budget below five times the weights in f32: a directory
                                                with room for weights, gradients and moments, which then lie in a file there and are in
                                                memory only while in use. The file has no name and ends with the model and its trainer
@@ -12965,13 +12965,12 @@ static size_t mft__paged_bytes(const mft_model *m)
         const mft_tensor *t = m->params[i].t;
         int               is_head = &m->params[i] == m->embedding || &m->params[i] == m->head;
         if (!mft__of(m->params[i].t)->paged) continue;
-        all = bytes = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
+        all = bytes = mft_dtype_bytes(t->trainable ? MFT_F32 : t->dtype, mft_tensor_numel(t));      /* a gradient is f32 */
         if (is_head) {
             bytes = mft_dtype_bytes(t->dtype, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
             if (t->trainable) bytes += mft_dtype_bytes(MFT_F32, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
             if (bytes < rows) bytes = rows;
         } else if (&m->params[i] == m->positions) bytes = rows;
-        else if (t->trainable) bytes = all = mft_dtype_bytes(MFT_F32, mft_tensor_numel(t));
         if (bytes > all) bytes = all;
         if (bytes > most) most = bytes;
     }

@@ -153,6 +153,8 @@ static void test_usage(void)
     expect("finetune --model @/q --data @/text.txt --output @/x --optim lion", 2, "lion");
     expect("finetune --model @/q --data @/text.txt --output @/x --precision f64", 2, "f64");
     expect("finetune --model @/q --data @/text.txt --output @/x --full --lora-rank 4", 2, "--full");
+    expect("finetune --model @/q --data @/text.txt --output @/x --master-dtype bf16", 2, "--full");
+    expect("finetune --model @/q --data @/text.txt --output @/x --full --master-dtype f16", 2, "--master-dtype");
     expect("finetune --model @/q --data @/text.txt --output @/x --epochs 1 --max-steps 3", 2, "--max-steps");
     expect("finetune --model @/q --data @/text.txt --output @/x --kernels sse9", 2, "sse9");
     expect("init --config @/config.json --output @/x --dtype f8", 2, "f8");
@@ -283,6 +285,9 @@ static void test_finetune(void)
     CHECK(run("finetune --model tests/golden/qwen2 --data @/ids.bin --format tokens --no-shuffle --full --output @/full --seq-len 12 --batch-size 4 --json --grad-checkpointing") == 0);
     j = one_object(out, keys);
     CHECK(number(j, "steps") == 2 && test_file_exists(in_room("full/model.safetensors")) && test_file_exists(in_room("full/config.json")));
+    mft_json_destroy(j);
+    CHECK(run("finetune --model @/q --data @/text.txt --full --master-dtype bf16 --plan --json") == 0 && mft_json_parse(ctx, out, strlen(out), &j) == MFT_OK);
+    CHECK(number(j, "trainable") < 0.55 * number(j, "gradients"));      /* matrices; vectors are f32 as all gradients are */
     mft_json_destroy(j);
     CHECK(run("finetune --model @/q --data @/text.txt --plan --json") == 0);
     j = one_object(out, "weights_mapped weights_resident weights_held trainable gradients optimizer activations workspaces step tokenizer data process total state_mapped state_resident micro_batch drops_pages blocks blocks_recomputed mlp_rows grad_checkpointing");

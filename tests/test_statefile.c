@@ -42,7 +42,7 @@ typedef struct run {
     uint64_t     weights;                   /* hash of them all */
 } run;
 
-typedef struct way { int model; mft_optimizer_kind kind; int early; size_t budget; const char *state_dir; } way;
+typedef struct way { int model; mft_optimizer_kind kind; int early; size_t budget; const char *state_dir, *master_dtype; } way;
 
 static mft_status begin(way w, run *r)
 {
@@ -53,7 +53,7 @@ static mft_status begin(way w, run *r)
     memset(r, 0, sizeof *r);
     memset(&cd, 0, sizeof cd); memset(&md, 0, sizeof md); memset(&td, 0, sizeof td);
     cd.n_threads = 2; cd.memory_budget = w.budget;
-    md.train_all = 1; md.grad_checkpointing = 1; md.state_dir = w.state_dir;
+    md.train_all = 1; md.grad_checkpointing = 1; md.state_dir = w.state_dir; md.master_dtype = w.master_dtype;
     td.learning_rate = 1e-3; td.grad_accum = 2; td.optimizer.weight_decay = 0.1;
     td.optimizer.kind = w.kind; td.update_in_backward = w.early;
     if (w.kind == MFT_SGD) td.optimizer.momentum = 0.9;
@@ -92,11 +92,8 @@ static void hash_weights(run *r)
     r->weights = 1469598103934665603u;
     CHECK(n <= MAX_PARAMS);
     for (i = 0; i < n; i++)
-        for (k = 0; k < mft_tensor_numel(params[i]); k++) {
-            uint32_t bits;
-            memcpy(&bits, (const float *)params[i]->data + k, 4);
-            r->weights = (r->weights ^ bits) * 1099511628211u;
-        }
+        for (k = 0; k < (int64_t)mft_dtype_bytes(params[i]->dtype, mft_tensor_numel(params[i])); k++)
+            r->weights = (r->weights ^ ((const unsigned char *)params[i]->data)[k]) * 1099511628211u;
 }
 
 /* Resident bytes of all mappings of state files; -1 where the system does not say. */
@@ -130,11 +127,13 @@ enum { SMALL = 13 << 20 };                  /* below five times 4.3 MB; 16.9 MB 
 /* The state file changes no bit of losses, norms, weights and of what is saved; and memory holds what was planned. */
 static void test_bits(void)
 {
-    static const mft_optimizer_kind kinds[] = { MFT_ADAMW, MFT_SGD, MFT_ADAMW8BIT, MFT_ADAMW };
-    static const int least[] = { 16, 12, 9, 16 };                   /* MB in the file */
+    static const struct { mft_optimizer_kind kind; int early; const char *master_dtype; int least; } ways[] = {     /* least: MB in the file */
+        { MFT_ADAMW, 0, NULL, 16 }, { MFT_SGD, 0, NULL, 12 }, { MFT_ADAMW8BIT, 0, NULL, 9 }, { MFT_ADAMW, 1, NULL, 16 },
+        { MFT_ADAMW, 0, "bf16", 14 }, { MFT_ADAMW8BIT, 0, "bf16", 7 }
+    };
     int model, kind;
     for (model = 0; model < 2; model++)
-        for (kind = 0; kind < 4; kind++) {
+        for (kind = 0; kind < (int)(sizeof ways / sizeof *ways); kind++) {
             way     w;
             run     plain, r;
             mft_memory_report memory;
@@ -142,12 +141,12 @@ static void test_bits(void)
             int     i;
             char    a[700], b[700];
             memset(&w, 0, sizeof w);
-            w.model = model; w.kind = kinds[kind]; w.early = kind == 3;
+            w.model = model; w.kind = ways[kind].kind; w.early = ways[kind].early; w.master_dtype = ways[kind].master_dtype;
             CHECK_MSG(begin(w, &plain) == MFT_OK && steps(&plain, 0, STEPS) == MFT_OK, "%s", mft_error_message(plain.ctx));
-            CHECK(plain.plan.state_mapped == 0 && plain.plan.trainable > (size_t)4 << 20);
+            CHECK(plain.plan.state_mapped == 0 && plain.plan.trainable > (size_t)(w.master_dtype ? 2 : 4) << 20);
             w.budget = SMALL; w.state_dir = in_room("state");
             CHECK_MSG(begin(w, &r) == MFT_OK && steps(&r, 0, STEPS) == MFT_OK, "%s", mft_error_message(r.ctx));
-            CHECK_MSG(r.plan.drops_pages && r.plan.state_mapped > (size_t)least[kind] << 20 && r.plan.total <= SMALL && r.plan.trainable < (size_t)200 << 10,
+            CHECK_MSG(r.plan.drops_pages && r.plan.state_mapped > (size_t)ways[kind].least << 20 && (!w.master_dtype || r.plan.state_mapped < (size_t)(ways[kind].least + 2) << 20) && r.plan.total <= SMALL && r.plan.trainable < (size_t)200 << 10,
                       "drops %d, mapped %llu, total %llu, held %llu", r.plan.drops_pages, (unsigned long long)r.plan.state_mapped, (unsigned long long)r.plan.total, (unsigned long long)r.plan.trainable);
             CHECK(count_files(room, "mft-state") + count_files(in_room("state"), "") == 0);     /* it has no name */
             resident = resident_state();
@@ -169,12 +168,13 @@ static void test_bits(void)
 }
 
 /* Saved in one mode, resumed in either: the run goes on as if nothing had been. */
-static void test_resume(void)
+static void resume_with(const char *master_dtype)
 {
     int from, to;
     way w;
     run whole, r;
     memset(&w, 0, sizeof w);
+    w.master_dtype = master_dtype;
     CHECK(begin(w, &whole) == MFT_OK && steps(&whole, 0, STEPS) == MFT_OK);
     hash_weights(&whole);
     mft_context_destroy(whole.ctx);
@@ -194,6 +194,16 @@ static void test_resume(void)
             CHECK_MSG(r.loss[STEPS - 1] == whole.loss[STEPS - 1] && r.weights == whole.weights, "saved with state file %d, resumed with %d: loss %.17g, not %.17g", from, to, r.loss[STEPS - 1], whole.loss[STEPS - 1]);
             mft_context_destroy(r.ctx);
         }
+    w.master_dtype = master_dtype ? NULL : "bf16";              /* no bit of it could be the same */
+    CHECK(begin(w, &r) == MFT_OK && mft_trainer_resume(r.tr, in_room("checkpoint")) == MFT_ERR_INVALID_ARGUMENT);
+    CHECK_MSG(strstr(mft_error_message(r.ctx), "for training in bf16") != NULL, "%s", mft_error_message(r.ctx));
+    mft_context_destroy(r.ctx);
+}
+
+static void test_resume(void)
+{
+    resume_with(NULL);
+    resume_with("bf16");
 }
 
 /* What the whole process takes is what was planned, in a process of its own that has loaded, trained, saved. */
