@@ -84,7 +84,8 @@ MFT_API int64_t    mft_tokenizer_decode (const mft_tokenizer *tok, const int32_t
 typedef struct mft_decoder mft_decoder;             /* held; destroy it before its tokenizer */
 MFT_API mft_status  mft_decoder_create (const mft_tokenizer *tok, int flags, mft_decoder **out);
 /* The text that is certain now, possibly none: NUL-terminated, borrowed until the next call. out_bytes may be
- * NULL. returns NULL on failure (INVALID_ARGUMENT: no such id; OUT_OF_MEMORY). */
+ * NULL. An id that no token has adds nothing: models may have more rows than their tokenizer has tokens, and
+ * generate one. returns NULL on failure (INVALID_ARGUMENT: a negative id; OUT_OF_MEMORY). */
 MFT_API const char *mft_decoder_push   (mft_decoder *d, int32_t id, int64_t *out_bytes);
 /* What is still held back, incomplete characters as U+FFFD; then the decoder stands at the start again. */
 MFT_API const char *mft_decoder_finish (mft_decoder *d, int64_t *out_bytes);
@@ -2410,6 +2411,8 @@ static int mft__decoder_run(mft_decoder *d)
     return 1;
 }
 
+static int mft__has_token(const mft_tokenizer *t, int32_t id) { return id >= 0 && id < t->n_ids && t->piece_at[id] != UINT32_MAX; }
+
 static mft_status mft__decoder_add(mft_decoder *d, int32_t id)
 {
     const mft_tokenizer *t = d->tok;
@@ -2418,8 +2421,7 @@ static mft_status mft__decoder_add(mft_decoder *d, int32_t id)
     size_t       n;
     mft__normal  r;
 
-    if (id < 0 || id >= t->n_ids || t->piece_at[id] == UINT32_MAX)
-        return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "no token has the id %ld; they go up to %ld", (long)id, (long)t->n_ids - 1);
+    if (!mft__has_token(t, id)) return mft__fail(ctx, MFT_ERR_INVALID_ARGUMENT, "no token has the id %ld; they go up to %ld", (long)id, (long)t->n_ids - 1);
     if ((d->flags & MFT_SKIP_SPECIAL) && (t->flags[id] & MFT__TOKEN_SPECIAL)) return MFT_OK;
     p = mft__token_bytes(t, id, &n);
     if (t->decode == MFT__DECODE_BYTES)
@@ -2526,7 +2528,7 @@ MFT_API const char *mft_decoder_push(mft_decoder *d, int32_t id, int64_t *out_by
 {
     if (!d) return NULL;
     d->out.n = 0;
-    return mft__decoder_add(d, id) == MFT_OK ? mft__decoder_give(d, out_bytes) : NULL;
+    return (id >= 0 && !mft__has_token(d->tok, id)) || mft__decoder_add(d, id) == MFT_OK ? mft__decoder_give(d, out_bytes) : NULL;
 }
 
 MFT_API const char *mft_decoder_finish(mft_decoder *d, int64_t *out_bytes)
@@ -3253,7 +3255,7 @@ static mft_status mft__tok_post_processor(mft__tok_loader *l, const mft_json *no
             for (j = 0; j < mft_json_count(ids); j++) {
                 int64_t  id = mft_json_integer(mft_json_at(ids, j, NULL), -1);
                 int     *count = behind ? &t->n_after : &t->n_before;
-                if (id < 0 || id >= t->n_ids || t->piece_at[id] == UINT32_MAX)
+                if (!mft__has_token(t, id))
                     return mft__tok_fail(l, MFT_ERR_FORMAT, "post-processor: '%s' has an id that no token has", mft__name(name, n, &shown));
                 if (*count == 8) return mft__tok_fail(l, MFT_ERR_UNSUPPORTED, "post-processor: more than 8 tokens on one side");
                 (behind ? t->after : t->before)[(*count)++] = (int32_t)id;
@@ -3785,7 +3787,7 @@ MFT_API int64_t mft_tokenizer_id_to_token(const mft_tokenizer *tok, int32_t id, 
     uint32_t    c;
     char        utf8[4];
     int         len, k;
-    if (!tok || id < 0 || id >= tok->n_ids || tok->piece_at[id] == UINT32_MAX || cap < 0 || (!token && cap)) return -1;
+    if (!tok || !mft__has_token(tok, id) || cap < 0 || (!token && cap)) return -1;
     p = mft__token_bytes(tok, id, &n);
     for (i = 0; i < n; i++) {                   /* bytes back into the alphabet, where they came from it */
         utf8[0] = p[i]; len = 1;

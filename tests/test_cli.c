@@ -529,7 +529,9 @@ static void test_chat_interrupt(void)
         bytes = watch(answers, 1, 0);
     }
     CHECK(kill(child, SIGINT) == 0 && waitpid(child, &status, 0) == child);
-    CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 130, "status %x", (unsigned)status);
+    free(err);
+    err = test_read_file(in_room(".err"), NULL);
+    CHECK_MSG(WIFEXITED(status) && WEXITSTATUS(status) == 130, "status %x: %s", (unsigned)status, err ? err : "");
     CHECK_MSG(bytes > 400, "%ld bytes", (long)bytes);
     close(pipes[1]);
     if (text) write_file(in_room("q/config.json"), text, strlen(text));

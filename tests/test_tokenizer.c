@@ -445,6 +445,8 @@ static void test_patterns(void)                     /* by the regex package, wit
 static void test_questions(void)
 {
     mft_tokenizer *tok;
+    mft_decoder   *d;
+    const char    *piece;
     char           s[64];
     int32_t        bad[3] = { 0, 1000000, 0 }, few[2];
     mft_context   *c = memory_context(NULL);
@@ -468,6 +470,10 @@ static void test_questions(void)
     CHECK(mft_tokenizer_decode(tok, bad, 3, 0, s, 64) == MFT_ERR_INVALID_ARGUMENT);
     bad[1] = -1;
     CHECK(mft_tokenizer_decode(tok, bad, 3, 0, s, 64) == MFT_ERR_INVALID_ARGUMENT);
+    CHECK(mft_decoder_create(tok, 0, &d) == MFT_OK);                /* generated ids: a model may have more rows than there are tokens */
+    CHECK((piece = mft_decoder_push(d, 1000000, NULL)) != NULL && !*piece && (piece = mft_decoder_push(d, 18, NULL)) != NULL && !*piece);
+    CHECK(!mft_decoder_push(d, -1, NULL) && (piece = mft_decoder_push(d, 10, NULL)) != NULL && !strcmp(piece, "abcd"));
+    mft_decoder_destroy(d);
     CHECK(mft_tokenizer_bytes(tok) > 100000 && mft_tokenizer_bytes(tok) < 3000000);
     CHECK(mft_tokenizer_load(c, NULL, &tok) == MFT_ERR_INVALID_ARGUMENT && tok == NULL);
     mft_context_destroy(c);                                                                         /* takes the tokenizer with it */
