@@ -378,7 +378,8 @@ typedef struct mft_optimizer mft_optimizer;      /* held */
 typedef enum mft_optimizer_kind {
     MFT_ADAMW,                              /* Loshchilov and Hutter 2019; 8 bytes of state for each number       */
     MFT_SGD,                                /* 0 bytes, or 4 with momentum                                        */
-    MFT_ADAMW8BIT                           /* AdamW with moments in 8-bit blocks: 2 bytes, see below             */
+    MFT_ADAMW8BIT,                          /* AdamW with moments in 8-bit blocks: 2 bytes, see below             */
+    MFT_APOLLO_MINI                         /* a matrix: 8 bytes for each number of its longer side, see below    */
 } mft_optimizer_kind;
 typedef struct mft_optimizer_desc {
     mft_optimizer_kind kind;                /*                                                    [AdamW] */
@@ -397,6 +398,16 @@ typedef struct mft_optimizer_desc {
  *     a number goes to the nearest. Parameters of fewer than 4096 numbers keep f32 moments. Other than bitsandbytes:
  *     decay comes before the update (as torch's); exp_avg_sq above zero never becomes zero, and so an update
  *     never eps alone divides; exp_avg may become zero.
+ * MFT_APOLLO_MINI  Zhu et al. 2024, "APOLLO: SGD-like Memory, AdamW-level Performance", with rank 1, one scale for a
+ *     matrix, scale 128: as apollo-torch and transformers' apollo_adamw do with rank=1, scale_type=tensor, scale=128,
+ *     update_proj_gap=200. A matrix G [m, n] goes as r onto its longer side, r = z G (m < n) or G z (else), by normal numbers
+ *     z that are new every 200 steps and never kept: Philox(context's seed, number of the 200 and of the parameter).
+ *         exp_avg, exp_avg_sq = AdamW's moments of r;   s = |exp_avg / (sqrt(exp_avg_sq) + eps)| / (|r| + 1e-8)
+ *         p = p decay - lr sqrt(128) sqrt(1 - beta2^t) / (1 - beta1^t) s G,   |s G| held to 1.01 times the last step's
+ *     Vectors have AdamW. Other than the reference's recipes, which leave embedding and head to AdamW, every matrix
+ *     is updated so; decay comes before the update; a gradient of zeros (LoRA's first) is no norm to hold the next to. The
+ *     moments of a step where z is new are, as there, what the old z left.
+ *     Its rate is AdamW's or a few times that. Trained models came within 2 % of AdamW's held-out loss: tests/test_quantize.c
  * bf16 parameters  are updated in f32 and rounded up or down by chance, with the odds that keep the mean (an update
  *     smaller than half a step is lost in the mean by no rounding to nearest): element i takes 16 of the bits of
  *     Philox(context's seed, step and number of the parameter, i / 4), whichever thread comes by. */
@@ -406,7 +417,7 @@ MFT_API mft_status mft_optimizer_create   (mft_context *ctx, const mft_optimizer
  * fails  NOT_FINITE: the norm is NaN or infinite; weights, moments and gradients are untouched */
 MFT_API mft_status mft_optimizer_step     (mft_optimizer *opt, double learning_rate, double *out_grad_norm);
 MFT_API void       mft_optimizer_zero_grad(mft_optimizer *opt);
-/* The moments as named tensors (`NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.momentum`) and the step
+/* The moments as named tensors (`NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.momentum`, `NAME.update_norm`) and the step
  * counter (`step`, i64), to save or to fill; borrowed from the optimizer. returns the full count. */
 MFT_API int        mft_optimizer_state    (mft_optimizer *opt, mft_tensor **out, int cap);
 MFT_API void       mft_optimizer_destroy  (mft_optimizer *opt);
@@ -1720,6 +1731,15 @@ MFT__UNUSED static uint64_t mft__random(uint64_t seed, uint64_t stream, uint64_t
 }
 
 MFT__UNUSED static double mft__uniform(uint64_t bits) { return (double)(bits >> 11) * (1.0 / 9007199254740992.0); }   /* [0, 1) */
+
+/* Two normals from one counter (Box and Muller 1958). */
+MFT__UNUSED static void mft__normal_pair(uint64_t seed, uint64_t stream, uint64_t counter, float *a, float *b)
+{
+    double u = 1 - mft__uniform(mft__random(seed, stream, 2 * counter)), v = mft__uniform(mft__random(seed, stream, 2 * counter + 1));
+    double r = sqrt(-2 * log(u));
+    *a = (float)(r * cos(2 * MFT__PI * v));
+    *b = (float)(r * sin(2 * MFT__PI * v));
+}
 
 /* ==============================================================================
  * MARK: - [KERNEL] The inner loops, once per instruction set
@@ -4921,6 +4941,34 @@ MFT_API mft_status mft_backward(mft_context *ctx, mft_tensor *loss)
 /* ==============================================================================
  * MARK: - [OPTIMIZER] Norm, clipping, AdamW, SGD, schedules
  * ============================================================================== */
+typedef struct mft__norm_task { const mft__kernels *k; const float *x; double *partial; int64_t piece; } mft__norm_task;
+static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__norm_task *t = (mft__norm_task *)arg;
+    (void)worker;
+    t->partial[begin / t->piece] = t->k->sum_squares(t->x + begin, end - begin);
+}
+
+/* The sum of squares of n numbers, in double in a fixed order: of at most 256 pieces, whose size n alone decides. They
+ * are `owner`'s, whose pages go behind the walk where they are to; NULL: nobody's. */
+static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n, const mft_tensor *owner)
+{
+    double         partial[256], total = 0;
+    int64_t        i, at, m, most = n;
+    mft__norm_task t;
+    t.k = ctx->kernels;
+    t.piece = n > 256 * (int64_t)MFT__VECTOR_GRAIN ? (n + 255) / 256 : (int64_t)MFT__VECTOR_GRAIN;
+    if (owner && mft__drops_behind(ctx, owner)) most = (4 * MFT__PAGED_PIECE + t.piece - 1) / t.piece * t.piece;
+    for (at = 0; at < n; at += m) {
+        m = mft__min(n - at, most);
+        t.x = x + at; t.partial = partial + at / t.piece;
+        mft__parallel(ctx, m, t.piece, mft__norm_run, &t);
+        if (owner) mft__passed(ctx, owner, at, m);
+    }
+    for (i = 0; i * t.piece < n; i++) total += partial[i];
+    return total;
+}
+
 /* ---- methods: what each keeps of a parameter, and the update of one parameter ---- */
 enum { MFT__MAX_STATES = 4 };
 
@@ -4930,7 +4978,7 @@ typedef struct mft__state_layout {
     mft_dtype   dtype;
     int         ndim;
     int64_t     shape[MFT_MAX_DIMS];
-    int         per;                        /* of a method that takes pieces: elements of the parameter to one of this; 0: one */
+    int64_t     per;                        /* of a method that takes pieces: elements of the parameter to one of this; 0: one */
 } mft__state_layout;
 
 /* The update of one parameter, with all it reads and writes. Parameters do not know of each other: they may be
@@ -4948,6 +4996,7 @@ typedef struct mft__update {
 
 typedef struct mft__method {
     int        (*layouts)(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES]);    /* returns how many */
+    void       (*prepare)(mft_context *ctx, const mft_optimizer_desc *d, mft__update *u);       /* sees all of a parameter before its pieces; or NULL */
     mft_status (*update) (mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u);
     int          pieces;                    /* the update may be made of pieces, which start at multiples of MFT__PAGED_PIECE */
 } mft__method;
@@ -5092,7 +5141,7 @@ static int mft__adamw8bit_layouts(const mft_optimizer_desc *d, const mft_tensor 
     for (k = 0; k < 4; k++) {
         out[k].suffix = suffixes[k]; out[k].dtype = k < 2 ? MFT_U8 : MFT_F32;
         out[k].ndim = 1; out[k].shape[0] = k < 2 ? n : (n + MFT__UPDATE_BLOCK - 1) / MFT__UPDATE_BLOCK;
-        out[k].per = k < 2 ? 1 : (int)MFT__UPDATE_BLOCK;
+        out[k].per = k < 2 ? 1 : MFT__UPDATE_BLOCK;
     }
     return 4;
 }
@@ -5160,19 +5209,132 @@ static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
     }
 }
 
-static mft_status mft__sgd_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
+static mft_status mft__sgd_with(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u, float *momentum)
 {
     mft__update_task t;
     mft__update_constants(ctx, d, u, &t);
-    t.m = (float *)u->state[0];                                 /* NULL without momentum */
+    t.m = momentum;
     mft__parallel(ctx, mft_tensor_numel(u->p), MFT__VECTOR_GRAIN, mft__sgd_run, &t);
     return MFT_OK;
 }
 
+static mft_status mft__sgd_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
+{
+    return mft__sgd_with(ctx, d, u, (float *)u->state[0]);      /* NULL without momentum */
+}
+
+/* ---- APOLLO-mini: SGD, of a matrix by a rate that AdamW's moments of its projection give ---- */
+enum { MFT__APOLLO_GAP = 200, MFT__APOLLO_SCALE = 128, MFT__APOLLO_PIECES = 256 };
+
+/* Rows and columns of a matrix as its numbers lie; 0: it is none. */
+static int mft__apollo_matrix(const mft_tensor *p, int64_t *rows, int64_t *cols)
+{
+    int turned = p->ndim == 2 && p->stride[0] == 1;             /* GPT-2's */
+    if (p->ndim != 2 || p->shape[0] < 2 || p->shape[1] < 2) return 0;
+    *rows = p->shape[turned]; *cols = p->shape[!turned];
+    return 1;
+}
+
+static int mft__apollo_layouts(const mft_optimizer_desc *d, const mft_tensor *p, mft__state_layout out[MFT__MAX_STATES])
+{
+    static const char *const suffixes[3] = { "exp_avg", "exp_avg_sq", "update_norm" };
+    int64_t rows, cols, sides;
+    int     k;
+    if (!mft__apollo_matrix(p, &rows, &cols)) return mft__adamw_layouts(d, p, out);
+    sides = mft__min(rows, cols);
+    for (k = 0; k < 3; k++) {
+        out[k].suffix = suffixes[k]; out[k].dtype = MFT_F32; out[k].ndim = 1;
+        out[k].per = k < 2 ? sides : rows * cols;
+        out[k].shape[0] = rows * cols / out[k].per;
+    }
+    return 3;
+}
+
+typedef struct mft__apollo_task {
+    mft__update_task with;
+    int64_t  rows, cols, from, piece;
+    uint64_t stream;                        /* of z */
+    double   partial[MFT__APOLLO_PIECES][2];        /* squares of r and of AdamW's step for it, by pieces of r */
+} mft__apollo_task;
+
+/* Numbers [at, at + n) of r, at most MFT__UPDATE_BLOCK, from the gradient as it lies */
+static void mft__apollo_project(const mft__apollo_task *t, int64_t at, int64_t n, float *r)
+{
+    const mft__update *u = t->with.u;
+    float   z[MFT__UPDATE_BLOCK];
+    int64_t rows = t->rows, cols = t->cols, sides = mft__min(rows, cols), i, k, m;
+    memset(r, 0, (size_t)n * sizeof *r);
+    for (i = 0; i < sides; i += m) {
+        m = mft__min(MFT__UPDATE_BLOCK, sides - i);
+        for (k = 0; k < MFT__UPDATE_BLOCK && k < m; k += 2) mft__normal_pair(u->seed, t->stream, (uint64_t)(i + k) / 2, &z[k], &z[k + 1]);
+        if (rows < cols) for (k = 0; k < m; k++) t->with.k->axpy(r, z[k], u->g + (i + k) * cols + at, n);
+        else             for (k = 0; k < n; k++) r[k] += t->with.k->dot(u->g + (at + k) * cols + i, z, m);
+    }
+}
+
+static void mft__apollo_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__apollo_task   *t = (mft__apollo_task *)arg;
+    const mft__adamw   *c = &t->with.c;
+    double *squares = t->partial[(t->from + begin) / t->piece];
+    float   r[MFT__UPDATE_BLOCK];
+    int64_t at, k, n;
+    (void)worker;
+    squares[0] = squares[1] = 0;
+    for (at = t->from + begin; at < t->from + end; at += n) {
+        float *m = t->with.m + at, *v = t->with.v + at;
+        n = mft__min(MFT__UPDATE_BLOCK, t->from + end - at);
+        mft__apollo_project(t, at, n, r);
+        for (k = 0; k < n; k++) {
+            float  x = r[k] * c->grad_scale;
+            double step;
+            if (!(fabsf(x) <= 3.402823466e38f)) x = 3.402823466e38f;        /* its square is infinite, and the step zero, as AdamW's */
+            m[k] = c->beta1 * m[k] + c->one_minus_beta1 * x;
+            v[k] = c->beta2 * v[k] + c->one_minus_beta2 * x * x;
+            step = m[k] / (sqrt((double)v[k]) + c->eps);
+            squares[0] += (double)x * x;
+            squares[1] += step * step;
+        }
+    }
+}
+
+/* Gives the gradient of a matrix its scale. */
+static void mft__apollo_prepare(mft_context *ctx, const mft_optimizer_desc *d, mft__update *u)
+{
+    mft__apollo_task t;
+    double  squares[2] = { 0, 0 }, scale, norm, limit;
+    int64_t numel = mft_tensor_numel(u->p), length, most, i, n;
+    float  *kept = (float *)u->state[2];
+    if (!mft__apollo_matrix(u->p, &t.rows, &t.cols)) return;
+    length = most = t.rows < t.cols ? t.cols : t.rows;
+    mft__update_constants(ctx, d, u, &t.with);
+    t.with.m = (float *)u->state[0]; t.with.v = (float *)u->state[1];
+    t.stream = (uint64_t)3 << 62 | (uint64_t)((u->step - 1) / MFT__APOLLO_GAP) << 24 | (u->stream & 0xffffff);
+    t.piece  = length > MFT__APOLLO_PIECES * (int64_t)MFT__UPDATE_BLOCK ? (length - 1) / MFT__APOLLO_PIECES + 1 : (int64_t)MFT__UPDATE_BLOCK;
+    if (t.rows >= t.cols && mft__drops_behind(ctx, u->p->grad)) most = (4 * MFT__PAGED_PIECE / t.cols / t.piece + 1) * t.piece;
+    for (t.from = 0; t.from < length; t.from += n) {
+        n = mft__min(most, length - t.from);
+        mft__parallel(ctx, n, t.piece, mft__apollo_run, &t);
+        mft__passed(ctx, u->p->grad, t.from * (numel / length), n * (numel / length));
+    }
+    for (i = 0; i * t.piece < length; i++) { squares[0] += t.partial[i][0]; squares[1] += t.partial[i][1]; }
+    scale = sqrt(squares[1]) / (sqrt(squares[0]) + 1e-8);
+    norm  = sqrt(mft__sum_squares(ctx, u->g, numel, u->p->grad)) * u->grad_scale * scale;
+    limit = *kept > 0 && norm > 1.01 * ((double)*kept + 1e-8) ? norm / (1.01 * ((double)*kept + 1e-8)) : 1;
+    *kept = (float)(norm / limit);
+    u->grad_scale *= scale / limit * sqrt((double)MFT__APOLLO_SCALE * (1 - pow(d->beta2, (double)u->step))) / (1 - pow(d->beta1, (double)u->step));
+}
+
+static mft_status mft__apollo_update(mft_context *ctx, const mft_optimizer_desc *d, const mft__update *u)
+{
+    return u->state[2] ? mft__sgd_with(ctx, d, u, NULL) : mft__adamw_update(ctx, d, u);
+}
+
 static const mft__method mft__methods[] = {                     /* in the order of mft_optimizer_kind */
-    { mft__adamw_layouts,     mft__adamw_update, 1 },
-    { mft__sgd_layouts,       mft__sgd_update,   1 },
-    { mft__adamw8bit_layouts, mft__adamw_update, 1 }
+    { mft__adamw_layouts,     NULL,                mft__adamw_update,  1 },
+    { mft__sgd_layouts,       NULL,                mft__sgd_update,    1 },
+    { mft__adamw8bit_layouts, NULL,                mft__adamw_update,  1 },
+    { mft__apollo_layouts,    mft__apollo_prepare, mft__apollo_update, 1 }
 };
 enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
 
@@ -5180,7 +5342,7 @@ enum { MFT__N_METHODS = sizeof mft__methods / sizeof *mft__methods };
 typedef struct mft__slot {
     mft_tensor *p;
     mft_tensor *state[MFT__MAX_STATES];
-    int         per[MFT__MAX_STATES];       /* see mft__state_layout */
+    int64_t     per[MFT__MAX_STATES];       /* see mft__state_layout */
     int         n_states;
     int         no_decay;
 } mft__slot;
@@ -5319,34 +5481,6 @@ MFT_API int mft_optimizer_state(mft_optimizer *opt, mft_tensor **out, int cap)
     return n + 1;
 }
 
-typedef struct mft__norm_task { const mft__kernels *k; const float *x; double *partial; int64_t piece; } mft__norm_task;
-static void mft__norm_run(void *arg, int64_t begin, int64_t end, int worker)
-{
-    mft__norm_task *t = (mft__norm_task *)arg;
-    (void)worker;
-    t->partial[begin / t->piece] = t->k->sum_squares(t->x + begin, end - begin);
-}
-
-/* The sum of squares of n numbers, in double in a fixed order: of at most 256 pieces, whose size n alone decides. They
- * are `owner`'s, whose pages go behind the walk where they are to; NULL: nobody's. */
-static double mft__sum_squares(mft_context *ctx, const float *x, int64_t n, const mft_tensor *owner)
-{
-    double         partial[256], total = 0;
-    int64_t        i, at, m, most = n;
-    mft__norm_task t;
-    t.k = ctx->kernels;
-    t.piece = n > 256 * (int64_t)MFT__VECTOR_GRAIN ? (n + 255) / 256 : (int64_t)MFT__VECTOR_GRAIN;
-    if (owner && mft__drops_behind(ctx, owner)) most = (4 * MFT__PAGED_PIECE + t.piece - 1) / t.piece * t.piece;
-    for (at = 0; at < n; at += m) {
-        m = mft__min(n - at, most);
-        t.x = x + at; t.partial = partial + at / t.piece;
-        mft__parallel(ctx, m, t.piece, mft__norm_run, &t);
-        if (owner) mft__passed(ctx, owner, at, m);
-    }
-    for (i = 0; i * t.piece < n; i++) total += partial[i];
-    return total;
-}
-
 /* The same of a parameter's gradient; one that no backward has reached since it was zeroed counts as zeros. */
 static double mft__grad_squares(mft_context *ctx, mft_tensor *p)
 {
@@ -5391,6 +5525,8 @@ static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learni
     u.weight_decay = s->no_decay ? 0.0 : opt->desc.weight_decay;
     u.seed = ctx->seed; u.stream = (uint64_t)1 << 63 | (uint64_t)u.step << 24 | (uint64_t)i;     /* dropout's have no highest bit */
     u.codes = opt->codes;
+    mft__update_at(s, 0, &u);
+    if (method->prepare) method->prepare(ctx, &opt->desc, &u);
     if (piece < n) { part = *mft__of(s->p); u.p = &part.t; part.t.ndim = 1; part.t.stride[0] = 1; }
     for (at = 0; at < n && status == MFT_OK; at += piece) {
         int64_t m = mft__min(n - at, piece);

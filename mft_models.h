@@ -11605,15 +11605,6 @@ MFT_API mft_status mft_model_save(mft_model *model, const char *dir)
 
 /* ---- random weights ---- */
 
-/* Two normals from one counter (Box and Muller 1958). */
-static void mft__normal_pair(uint64_t seed, uint64_t stream, uint64_t counter, float *a, float *b)
-{
-    double u = 1 - mft__uniform(mft__random(seed, stream, 2 * counter)), v = mft__uniform(mft__random(seed, stream, 2 * counter + 1));
-    double r = sqrt(-2 * log(u));
-    *a = (float)(r * cos(2 * MFT__PI * v));
-    *b = (float)(r * sin(2 * MFT__PI * v));
-}
-
 typedef struct mft__normal_task { float *x; double std; uint64_t seed, stream; int64_t n; } mft__normal_task;
 static void mft__normal_run(void *arg, int64_t begin, int64_t end, int worker)
 {

@@ -142,7 +142,7 @@ static uint64_t bits(run *r)
  * replaces the one before, with other threads after it. 11 rows in windows of 2 x 2 end in the middle of a window. */
 static void test_same_bits(void)
 {
-    recipe ways[9];
+    recipe ways[10];
     int    w, stop;
     memset(ways, 0, sizeof ways);
     ways[1].full = 1;
@@ -153,6 +153,7 @@ static void test_same_bits(void)
     ways[6].full = 1; ways[6].optim = MFT_ADAMW8BIT;
     ways[7].full = 1; ways[7].bf16 = 1;                           /* masters that are rounded by chance */
     ways[8].full = 1; ways[8].bf16 = 1; ways[8].optim = MFT_ADAMW8BIT; ways[8].base = "tests/golden/gpt2";
+    ways[9].full = 1; ways[9].bf16 = 1; ways[9].optim = MFT_APOLLO_MINI; ways[9].base = "tests/golden/gpt2";
     for (w = 0; w < (int)(sizeof ways / sizeof *ways); w++) {
         run      r = open_run(&ways[w]);
         uint64_t straight;

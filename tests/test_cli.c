@@ -144,6 +144,7 @@ static void test_usage(void)
     expect("finetune --warmup-ratio 1.5", 2, "--warmup-ratio 1.5");
     expect("finetune --memory-budget lots", 2, "--memory-budget lots");
     expect("finetune --model @/q --data @/text.txt --output @/o --optim adam_8bit", 2, "did you mean adamw8bit?");
+    expect("finetune --model @/q --data @/text.txt --output @/o --optim apollo-mini", 2, "did you mean apollo_mini?");
     expect("perplexity --model @/q --data @/text.txt --quantize q5_0", 2, "must be one of none, q8_0, q4_0");
     expect("finetune --model @/q --data @/text.txt --output @/x --full --quantize q8_0", 2, "frozen");
     expect("finetune --seed -1", 2, "--seed -1");

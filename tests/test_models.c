@@ -1697,7 +1697,7 @@ static void test_update_in_backward(void)
 {
     static const early_way ways[] = {
         { "gpt2", 0, MFT_ADAMW, 1, -1 }, { "gemma3", 1, MFT_ADAMW, 1, -1 }, { "qwen2_untied", 0, MFT_ADAMW8BIT, 1, -1 }, { "llama", 1, MFT_SGD, 2, -1 },
-        { "qwen2", 1, MFT_SGD, 1, 0.5 }
+        { "qwen2", 1, MFT_SGD, 1, 0.5 }, { "gpt2", 1, MFT_APOLLO_MINI, 1, -1 }
     };
     size_t w;
     for (w = 0; w < sizeof ways / sizeof *ways; w++) {

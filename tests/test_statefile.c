@@ -129,7 +129,7 @@ static void test_bits(void)
 {
     static const struct { mft_optimizer_kind kind; int early; const char *master_dtype; int least; } ways[] = {     /* least: MB in the file */
         { MFT_ADAMW, 0, NULL, 16 }, { MFT_SGD, 0, NULL, 12 }, { MFT_ADAMW8BIT, 0, NULL, 9 }, { MFT_ADAMW, 1, NULL, 16 },
-        { MFT_ADAMW, 0, "bf16", 14 }, { MFT_ADAMW8BIT, 0, "bf16", 7 }
+        { MFT_ADAMW, 0, "bf16", 14 }, { MFT_ADAMW8BIT, 0, "bf16", 7 }, { MFT_APOLLO_MINI, 0, NULL, 8 }
     };
     int model, kind;
     for (model = 0; model < 2; model++)

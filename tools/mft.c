@@ -90,7 +90,7 @@ static const flag flags[] = {
     { "warmup-ratio",       NUMBER,  AT(warmup_ratio),       0, 1, "X",    "the same as a share of all steps                             [0]" },
     { "weight-decay",       NUMBER,  AT(weight_decay),       0, 1e9, "X",  "decoupled weight decay                                       [0]" },
     { "max-grad-norm",      NUMBER,  AT(max_grad_norm),      0, 1e30, "X", "clip gradients to this 2-norm; 0: no clipping                [1]" },
-    { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw, adamw8bit (2 bytes of state a number, not 8) or sgd   [adamw]" },
+    { "optim",              STRING,  AT(optim),              0, 0, "KIND", "adamw, adamw8bit (2 bytes of state a number, not 8), apollo_mini (matrices: almost none) or sgd   [adamw]" },
     { "update-in-backward", SWITCH,  AT(update_in_backward), 0, 0, NULL, "--full: update each block when its gradients are complete; they are never all in memory; clips by the norm of the step before" },
     { "seed",               INTEGER, AT(seed),               0, 9007199254740992.0, "N", "of all that is random                                        [0]" },
     { "assistant-loss-only", SWITCH, AT(assistant_loss_only), 0, 0, NULL,  "insist on chat data: learn assistant turns only" },
@@ -920,7 +920,7 @@ static int trainer_desc(const options *o, int64_t total_steps, live *v, mft_trai
 {
     static const char *const schedules[] = { "cosine", "linear", "constant", NULL };
     static const mft_schedule_kind kinds[] = { MFT_SCHEDULE_COSINE, MFT_SCHEDULE_LINEAR, MFT_SCHEDULE_CONSTANT };
-    static const char *const optimizers[] = { "adamw", "sgd", "adamw8bit", NULL };     /* in the order of mft_optimizer_kind */
+    static const char *const optimizers[] = { "adamw", "sgd", "adamw8bit", "apollo_mini", NULL };     /* in the order of mft_optimizer_kind */
     int schedule = choice("lr-scheduler", o->lr_scheduler, schedules), optimizer = choice("optim", o->optim, optimizers);
     if (schedule < 0 || optimizer < 0) return 0;
     memset(t, 0, sizeof *t);
