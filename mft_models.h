@@ -13035,7 +13035,10 @@ static mft_status mft__plan_refuse(mft_trainer *tr, int seq, const mft_plan *lea
     if (seq > 1) at += (size_t)snprintf(levers + at, sizeof levers - at, "; sequences of %d tokens would save %.1f MB", seq / 2, (double)(least->total - half.total) / mb);
     if (tr->model->n_adapters) at += (size_t)snprintf(levers + at, sizeof levers - at, "; half the rank %.1f MB", (double)adapters / 2 / mb);
     if (least->optimizer > 64 && tr->desc.optimizer.kind == MFT_ADAMW)
-        at += (size_t)snprintf(levers + at, sizeof levers - at, "; 8-bit AdamW about %.1f MB, SGD without momentum %.1f MB", (double)least->optimizer * 0.75 / mb, (double)least->optimizer / mb);
+        at += (size_t)snprintf(levers + at, sizeof levers - at, "; 8-bit AdamW about %.1f MB, %sSGD without momentum %.1f MB", (double)least->optimizer * 0.75 / mb,
+                               tr->model->desc.train_all ? "APOLLO-mini or " : "", (double)least->optimizer / mb);
+    if (tr->model->desc.train_all && !tr->model->state && !tr->model->desc.master_dtype)
+        at += (size_t)snprintf(levers + at, sizeof levers - at, "; weights held in bf16 %.1f MB", (double)least->trainable / 2 / mb);
     if (tr->model->desc.train_all && !tr->model->state)
         snprintf(levers + at, sizeof levers - at, MFT__MAPS ? "; a state_dir for weights, gradients and moments nearly all of their %.1f MB" :
                  "; this build maps no files, or a state file would save nearly all of the %.1f MB trained", (double)adapters / mb);
