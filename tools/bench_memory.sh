@@ -48,20 +48,24 @@ lora() {
     row "$1" "$2" "LoRA on q4_0"                --lora-modules "$modules" --quantize q4_0
 }
 
+# whole NAME DTYPE BUDGET: all weights, in every way their state can be held
+whole() {
+    row "$1" "$2" "all weights, AdamW"          --full
+    row "$1" "$2" "all weights, AdamW, \`--memory-budget\` of $3 MB" --full --memory-budget "${3}000000"
+    row "$1" "$2" "all weights, 8-bit AdamW"    --full --optim adamw8bit
+    row "$1" "$2" "all weights in bf16, APOLLO-mini, updated in backward" --full --master-dtype bf16 --optim apollo_mini --update-in-backward
+    row "$1" "$2" "all weights, SGD"            --full --optim sgd
+}
+
 printf 'Batch 1 x %s, %s steps, 2 threads; %s.\n\n' "$SEQ" "$STEPS" "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1), $(getconf _NPROCESSORS_ONLN) cores"
 printf '| model | file | mode | peak | tokens/s |\n|---|---|---|---|---|\n'
 for m in $MODELS; do
     case $m in
-    gpt2)          lora gpt2 f32 100 ;;
-    gpt2-medium)   lora gpt2-medium f32 128 ;;
+    gpt2)          lora gpt2 f32 100;        whole gpt2 f32 150 ;;
+    gpt2-medium)   lora gpt2-medium f32 128; whole gpt2-medium f32 250 ;;
     gemma-3-270m)  lora gemma-3-270m bf16 100 ;;
     qwen2.5-0.5b)  lora qwen2.5-0.5b bf16 136 ;;
     gemma-3-1b-pt) lora gemma-3-1b-pt bf16 256 ;;
     *) echo "bench_memory.sh: no model $m" >&2; exit 2 ;;
-    esac
-    case $m in gpt2*)
-        row "$m" f32 "all weights, AdamW" --full
-        row "$m" f32 "all weights, 8-bit AdamW" --full --optim adamw8bit
-        row "$m" f32 "all weights, SGD" --full --optim sgd ;;
     esac
 done
