@@ -208,7 +208,7 @@ static void test_long_run_of_marks(void)
 static void test_nfc_reference(void)
 {
     const char *path = test_data("assets/golden/unicode/nfc.jsonl");
-    size_t      bytes, lines = 0;
+    size_t      bytes = 0, lines = 0;
     char       *text, *p, *q;
     if (!test_file_exists(path)) SKIP("NFC of every character that has one: no %s", path);
     text = test_read_file(path, &bytes);
