@@ -2224,19 +2224,27 @@ MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
 }
 #endif
 
-#ifdef MFT__HAVE_NEON_BF16
-static int mft__usable_neon_bf16(void)
+#if defined(MFT__HAVE_NEON_BF16) || defined(MFT__HAVE_NEON_DOT)
+/* What the processor has, as the system tells: a bit of Linux's auxiliary vector, a name of Apple's sysctl. */
+static int mft__arm_has(unsigned long type, int bit, const char *name)
 {
 #if defined(__linux__)
-    return (getauxval(26) >> 14 & 1) != 0;                      /* AT_HWCAP2, HWCAP2_BF16 */
+    (void)name;
+    return (getauxval(type) >> bit & 1) != 0;
 #elif defined(__APPLE__)
     int    has = 0;
     size_t bytes = sizeof has;
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, NULL, 0) == 0 && has;
+    (void)type; (void)bit;
+    return sysctlbyname(name, &has, &bytes, NULL, 0) == 0 && has;
 #else
+    (void)type; (void)bit; (void)name;
     return 0;
 #endif
 }
+#endif
+
+#ifdef MFT__HAVE_NEON_BF16
+static int mft__usable_neon_bf16(void) { return mft__arm_has(26, 14, "hw.optional.arm.FEAT_BF16"); }        /* AT_HWCAP2, HWCAP2_BF16 */
 
 /* c (2 x 2) += a (2 x 4) b^T (2 x 4), written for the assembler: headers offer it under compiler flags only */
 MFT__NEON_BF16_TARGET static inline float32x4_t mft__bfmmla(float32x4_t c, float32x4_t a, float32x4_t b)
@@ -2293,18 +2301,7 @@ MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
 
 /* ---- quantised rows against a vector by products of bytes ---- */
 #ifdef MFT__HAVE_NEON_DOT
-static int mft__usable_neon_dot(void)
-{
-#if defined(__linux__)
-    return (getauxval(16) >> 20 & 1) != 0;                      /* AT_HWCAP, HWCAP_ASIMDDP */
-#elif defined(__APPLE__)
-    int    has = 0;
-    size_t bytes = sizeof has;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &bytes, NULL, 0) == 0 && has;
-#else
-    return 0;
-#endif
-}
+static int mft__usable_neon_dot(void) { return mft__arm_has(16, 20, "hw.optional.arm.FEAT_DotProd"); }      /* AT_HWCAP, HWCAP_ASIMDDP */
 static int mft__usable_neon_bf16_dot(void) { return mft__usable_neon_bf16() && mft__usable_neon_dot(); }
 
 /* four sums of four products of bytes each */

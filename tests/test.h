@@ -78,6 +78,16 @@ TEST__UNUSED static char *test_read_file(const char *path, size_t *bytes)
     return p;
 }
 
+/* Are both there, with the same bytes? */
+TEST__UNUSED static int same_file(const char *a, const char *b)
+{
+    size_t na = 0, nb = 0;
+    char  *x = test_read_file(a, &na), *y = test_read_file(b, &nb);
+    int    same = x && y && na == nb && memcmp(x, y, na) == 0;
+    free(x); free(y);
+    return same;
+}
+
 /* A small generator for inputs: uniform in [-1, 1). */
 TEST__UNUSED static float test_random(uint32_t *state)
 {

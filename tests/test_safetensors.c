@@ -99,15 +99,6 @@ static void copy_file(const char *from, const char *to)
     free(p);
 }
 
-static int same_file(const char *a, const char *b)
-{
-    size_t na = 0, nb = 0;
-    char  *x = test_read_file(a, &na), *y = test_read_file(b, &nb);
-    int    same = x && y && na == nb && memcmp(x, y, na) == 0;
-    free(x); free(y);
-    return same;
-}
-
 /* Removes what is in a directory, one level of directories deep; counts names that hold `part`. */
 static int sweep(const char *dir, const char *part, int erase)
 {

@@ -113,15 +113,6 @@ static int64_t resident_state(void)
     return bytes;
 }
 
-static int same_file(const char *a, const char *b)
-{
-    size_t na = 0, nb = 0;
-    char  *x = test_read_file(a, &na), *y = test_read_file(b, &nb);
-    int    same = x && y && na == nb && memcmp(x, y, na) == 0;
-    free(x); free(y);
-    return same;
-}
-
 enum { SMALL = 13 << 20 };                  /* below five times 4.3 MB; 16.9 MB with gradients and moments */
 
 /* The state file changes no bit of losses, norms, weights and of what is saved; and memory holds what was planned. */
