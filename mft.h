@@ -128,7 +128,7 @@ typedef struct mft_context_desc {
     size_t        memory_budget;            /* bytes the library may hold; a trainer fits its steps into it, mapped
                                                weights and 4 MB for the process counted (mft_trainer_plan) [0 = no cap] */
     size_t        step_arena;               /* bytes set aside for one step's tensors    [0 = grow]      */
-    int           n_threads;                /* workers, the caller's thread included     [0 = cores]     */
+    int           n_threads;                /* at most, the caller's included            [0 = cores we may use] */
     const char   *kernels;                  /* a row's name, see mft_kernels_name        [NULL = $MFT_KERNELS, else fastest] */
     mft_precision precision;                /* of matrix products                        [f32]           */
     uint64_t      seed;                     /* of dropout                                [0]             */
@@ -828,9 +828,11 @@ MFT_API void mft_memory(const mft_context *ctx, mft_memory_report *out)
  *         simply takes fewer chunks
  *
  *   The owner never waits for a worker that has not begun: it opens a gate, works itself, shuts
- *   the gate when the chunks are used up and waits for those inside. So more threads than cores
- *   cost next to nothing (8 threads on 2 cores: see tests/test_threads.c). Idle workers look at
- *   the gate for some 20 to 50 us, for the next product of the same layer, and then sleep.
+ *   the gate when the chunks are used up and waits for those inside. Idle workers look at the gate
+ *   for some 40 to 100 us, for the next product of the same layer, and then sleep; to wake one
+ *   costs the owner 8 us, and it comes 25 us later. No more are awake than there are cores, and the
+ *   last to fall asleep is the first to be woken, its memory still near: so more threads than
+ *   cores cost next to nothing (`mft bench threads`).
  * ============================================================================== */
 
 /* Work on [begin, end). worker, 0 for the caller's thread, is below ctx->n_threads and no other
@@ -841,6 +843,7 @@ enum { MFT__MAX_THREADS = 256 };
 
 #ifdef MFT_NO_THREADS
 
+static int        mft__at_once(const mft_context *ctx) { (void)ctx; return 1; }
 static mft_status mft__pool_create(mft_context *ctx)  { ctx->n_threads = 1; return MFT_OK; }
 static void       mft__pool_destroy(mft_context *ctx) { (void)ctx; }
 
@@ -858,7 +861,13 @@ static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task 
 #  include <unistd.h>                       /* sysconf */
 #endif
 
-typedef struct mft__worker { struct mft__pool *pool; pthread_t thread; int index; } mft__worker;
+typedef struct mft__worker {
+    struct mft__pool   *pool;
+    pthread_t           thread;
+    int                 index, called;      /* called: the owner took it off the sleepers                 */
+    pthread_cond_t      call;
+    struct mft__worker *below;              /* who fell asleep before it                                  */
+} mft__worker;
 
 /* The gate is one word, so that opening, entering and leaving are single atomic operations:
  *   bits 0-11  workers inside;  12  open;  13  the owner sleeps until the last one leaves;
@@ -867,18 +876,24 @@ enum { MFT__GATE_INSIDE = 0xfff, MFT__GATE_OPEN = 1 << 12, MFT__GATE_OWNER_SLEEP
 
 typedef struct mft__pool {
     uint32_t        gate;
-    int             sleepers;               /* workers asleep; changed under the mutex, read without      */
+    int             n_asleep;               /* how many `asleep` lists; changed under the mutex, read without */
+    mft__worker    *asleep;                 /* the last to fall asleep first                              */
     mft__task       fn;                     /* the job: written while the gate is shut and nobody inside  */
     void           *arg;
     int64_t         n, grain;
     size_t          n_chunks, next;         /* next: the first chunk nobody has taken                     */
     pthread_mutex_t mutex;
-    pthread_cond_t  work, done;
-    int             n_workers, wake, spins; /* wake: workers worth waking for one job                     */
+    pthread_cond_t  done;
+    int             n_workers, most;        /* most: workers awake at a time                              */
     mft__worker    *workers;
     size_t          bytes;
 } mft__pool;
 
+#ifdef __linux__                            /* under a name of ours: strict C99 hides the system's */
+extern int mft__sched_getaffinity(int pid, size_t bytes, void *mask) __asm__("sched_getaffinity");
+#endif
+
+/* Those this process may run on, where the system tells (taskset, containers, apps in the background); else all. */
 static int mft__cores(void)
 {
 #if defined(_WIN32)
@@ -886,17 +901,62 @@ static int mft__cores(void)
 #else
     long n = sysconf(_SC_NPROCESSORS_ONLN);
 #endif
+#ifdef __linux__
+    unsigned long mask[1024 / sizeof(unsigned long)];
+    size_t        i;
+    memset(mask, 0, sizeof mask);
+    if (mft__sched_getaffinity(0, sizeof mask, mask) == 0)
+        for (n = 0, i = 0; i < sizeof mask / sizeof mask[0]; i++) n += __builtin_popcountl(mask[i]);
+#endif
     return n < 1 ? 1 : n > MFT__MAX_THREADS ? MFT__MAX_THREADS : (int)n;
 }
 
-/* Tells the core that this is a wait: saves power, lets a sibling thread run. */
+/* Threads that work at the same time: no more than there are cores. For sizes of pieces, where any will do. */
+static int mft__at_once(const mft_context *ctx) { return ctx->pool ? ctx->pool->most + 1 : 1; }
+
+enum { MFT__SPINS = 4000 };                 /* looks at the gate before sleep */
+
+/* Tells the core that this is a wait: saves power, lets a sibling thread run. Of arm's instructions `isb` takes
+ * about as long as x86's; `yield` takes no time on most of them, and all the looks would end before the next job. */
 static void mft__pause(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__) || (defined(__ARM_ARCH) && __ARM_ARCH >= 7)
-    __asm__ __volatile__("yield");
+    __asm__ __volatile__("isb");
 #endif
+}
+
+/* The gate has nothing for who has seen job `seen`. */
+static int mft__gate_idle(uint32_t gate, uint32_t seen)
+{
+    return !(gate & MFT__GATE_END) && (!(gate & MFT__GATE_OPEN) || gate / MFT__GATE_JOB == seen);
+}
+
+/* Until the owner calls, or at once if there is another job. */
+static void mft__worker_sleep(mft__worker *w, uint32_t seen)
+{
+    mft__pool *p = w->pool;
+    pthread_mutex_lock(&p->mutex);
+    w->called = 0; w->below = p->asleep; p->asleep = w;
+    __atomic_fetch_add(&p->n_asleep, 1, __ATOMIC_SEQ_CST);              /* before the look: the owner opens, then counts sleepers */
+    if (mft__gate_idle(__atomic_load_n(&p->gate, __ATOMIC_SEQ_CST), seen))
+        while (!w->called) pthread_cond_wait(&w->call, &p->mutex);
+    else { p->asleep = w->below; __atomic_fetch_sub(&p->n_asleep, 1, __ATOMIC_SEQ_CST); }
+    pthread_mutex_unlock(&p->mutex);
+}
+
+/* Wakes n workers, or as many as sleep. */
+static void mft__pool_call(mft__pool *p, int n)
+{
+    pthread_mutex_lock(&p->mutex);
+    for (; n > 0 && p->asleep; n--) {
+        mft__worker *w = p->asleep;
+        p->asleep = w->below; w->called = 1;
+        __atomic_fetch_sub(&p->n_asleep, 1, __ATOMIC_SEQ_CST);
+        pthread_cond_signal(&w->call);
+    }
+    pthread_mutex_unlock(&p->mutex);
 }
 
 static void mft__pool_run(mft__pool *p, int worker)
@@ -913,20 +973,14 @@ static void *mft__worker_main(void *self)
     mft__worker *w    = (mft__worker *)self;
     mft__pool   *p    = w->pool;
     uint32_t     seen = 0, gate;            /* job numbers start at 1 */
-    int          spin = 0;
+    int          spin = MFT__SPINS;         /* asleep until called */
 
     for (;;) {
         gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
         if (gate & MFT__GATE_END) return NULL;
-        if (!(gate & MFT__GATE_OPEN) || gate / MFT__GATE_JOB == seen) {
-            if (++spin < p->spins) { mft__pause(); continue; }
-            pthread_mutex_lock(&p->mutex);
-            __atomic_fetch_add(&p->sleepers, 1, __ATOMIC_SEQ_CST);      /* before the look: the owner opens, then counts sleepers */
-            gate = __atomic_load_n(&p->gate, __ATOMIC_SEQ_CST);
-            if (!(gate & MFT__GATE_END) && (!(gate & MFT__GATE_OPEN) || gate / MFT__GATE_JOB == seen))
-                pthread_cond_wait(&p->work, &p->mutex);
-            __atomic_fetch_sub(&p->sleepers, 1, __ATOMIC_SEQ_CST);
-            pthread_mutex_unlock(&p->mutex);
+        if (mft__gate_idle(gate, seen)) {
+            if (++spin < MFT__SPINS) { mft__pause(); continue; }
+            mft__worker_sleep(w, seen);
             spin = 0;
             continue;
         }
@@ -949,7 +1003,7 @@ static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task 
 {
     mft__pool *p = ctx->pool;
     uint32_t   gate;
-    int        sleepers, wake, spin;
+    int        call, spin;
 
     if (n < 1) return;
     if (grain < 1) grain = 1;
@@ -965,19 +1019,13 @@ static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task 
     gate = (gate / MFT__GATE_JOB + 1) * MFT__GATE_JOB + MFT__GATE_OPEN;
     __atomic_store_n(&p->gate, gate, __ATOMIC_SEQ_CST);                 /* publishes the job */
 
-    sleepers = __atomic_load_n(&p->sleepers, __ATOMIC_SEQ_CST);
-    wake     = p->n_chunks - 1 < (size_t)p->wake ? (int)p->n_chunks - 1 : p->wake;
-    wake    -= p->n_workers - sleepers;                                 /* those awake come by themselves */
-    if (sleepers && wake > 0) {
-        pthread_mutex_lock(&p->mutex);
-        if (wake >= sleepers) pthread_cond_broadcast(&p->work);
-        else while (wake--) pthread_cond_signal(&p->work);
-        pthread_mutex_unlock(&p->mutex);
-    }
+    call  = p->n_chunks - 1 < (size_t)p->most ? (int)p->n_chunks - 1 : p->most;
+    call -= p->n_workers - __atomic_load_n(&p->n_asleep, __ATOMIC_SEQ_CST);     /* those awake come by themselves */
+    if (call > 0) mft__pool_call(p, call);
     mft__pool_run(p, 0);
 
     gate = __atomic_fetch_and(&p->gate, ~(uint32_t)MFT__GATE_OPEN, __ATOMIC_ACQ_REL);
-    for (spin = 0; (gate & MFT__GATE_INSIDE) && spin < p->spins; spin++) {
+    for (spin = 0; (gate & MFT__GATE_INSIDE) && spin < MFT__SPINS; spin++) {
         mft__pause();
         gate = __atomic_load_n(&p->gate, __ATOMIC_ACQUIRE);
     }
@@ -997,13 +1045,13 @@ static void mft__pool_destroy(mft_context *ctx)
     mft__pool *p = ctx->pool;
     int        i;
     if (!p) return;
-    pthread_mutex_lock(&p->mutex);
     __atomic_fetch_or(&p->gate, (uint32_t)MFT__GATE_END, __ATOMIC_SEQ_CST);
-    pthread_cond_broadcast(&p->work);
-    pthread_mutex_unlock(&p->mutex);
-    for (i = 0; i < p->n_workers; i++) pthread_join(p->workers[i].thread, NULL);
+    mft__pool_call(p, p->n_workers);
+    for (i = 0; i < p->n_workers; i++) {
+        pthread_join(p->workers[i].thread, NULL);
+        pthread_cond_destroy(&p->workers[i].call);
+    }
     pthread_cond_destroy(&p->done);
-    pthread_cond_destroy(&p->work);
     pthread_mutex_destroy(&p->mutex);
     mft__free(ctx, p, p->bytes);
     ctx->pool = NULL;
@@ -1024,25 +1072,21 @@ static mft_status mft__pool_create(mft_context *ctx)
     if (!p) return MFT_ERR_OUT_OF_MEMORY;
     p->bytes   = bytes;
     p->workers = (mft__worker *)(void *)(p + 1);
-    p->wake    = cores > 1 ? cores - 1 : 1;
-    p->spins   = ctx->n_threads > cores ? 1 : 1000;                     /* nobody spins on a core that another thread needs */
+    p->most    = (cores < ctx->n_threads ? cores : ctx->n_threads) - 1;
     if (pthread_mutex_init(&p->mutex, NULL)) goto no_mutex;
-    if (pthread_cond_init(&p->work, NULL)) goto no_work;
     if (pthread_cond_init(&p->done, NULL)) goto no_done;
     ctx->pool = p;
     while (p->n_workers < ctx->n_threads - 1) {
         mft__worker *w = &p->workers[p->n_workers];
         w->pool = p; w->index = p->n_workers + 1;
-        if (pthread_create(&w->thread, NULL, mft__worker_main, w)) {
-            mft__pool_destroy(ctx);
-            return mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "a thread could not be started");
-        }
+        if (pthread_cond_init(&w->call, NULL)) break;
+        if (pthread_create(&w->thread, NULL, mft__worker_main, w)) { pthread_cond_destroy(&w->call); break; }
         p->n_workers++;
     }
-    return MFT_OK;
+    if (p->n_workers == ctx->n_threads - 1) return MFT_OK;
+    mft__pool_destroy(ctx);
+    return mft__fail(ctx, MFT_ERR_OUT_OF_MEMORY, "a thread could not be started");
 no_done:
-    pthread_cond_destroy(&p->work);
-no_work:
     pthread_mutex_destroy(&p->mutex);
 no_mutex:
     mft__free(ctx, p, bytes);
@@ -2688,7 +2732,7 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     mft__gemm_way  way;
     mft__matrix    bt = b;
     const mft__gemm_row *row;
-    int64_t        group, lanes = 0, threads = ctx->n_threads, at, all;
+    int64_t        group, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all;
     size_t         packed = 0, floats, bytes;
     int            alone, theirs, flatten = 0;
     char          *memory;
@@ -2716,11 +2760,11 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     row    = g.row;
     alone  = m * n * k < 200000;
     floats = (size_t)(g.s_terms * row->height * MFT__STRIDE);           /* a worker's: the strip, in all its terms */
-    if (alone) threads = 1;
+    if (alone) threads = shares = 1;
     switch (way) {
     case MFT__DOTS:
         flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
-        group   = mft__round_up(mft__min64(1 + g.s_count / (4 * threads), 1 + 262144 / k), 4);     /* each begins its streams anew */
+        group   = mft__round_up(mft__min64(1 + g.s_count / (4 * shares), 1 + 262144 / k), 4);     /* each begins its streams anew */
         floats  = (size_t)(mft__round_up(g.v_count, 4) * 8 * row->width);
         if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
         break;
@@ -2729,14 +2773,14 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
         floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + m));
         break;
     case MFT__COLUMNS:                                                  /* up to 4 blocks of lanes each, for even shares */
-        group   = mft__round_up(1 + g.v_count / (6 * threads), row->lanes);
+        group   = mft__round_up(1 + g.v_count / (6 * shares), row->lanes);
         if (group > MFT__COLUMN_LANES) group = mft__min64(4, group / MFT__COLUMN_LANES) * MFT__COLUMN_LANES;
         floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC)))
                            * mft__min64(group, MFT__COLUMN_LANES));
         break;
     default:                                                            /* up to 8 strips each, likewise */
         lanes   = mft__min64(256, mft__round_up(g.v_count, row->lanes));
-        group   = g.s_count / (6 * threads * row->height);
+        group   = g.s_count / (6 * shares * row->height);
         group   = row->height * (group < 1 ? 1 : group > 8 ? 8 : group);
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
         floats += (size_t)(mft__round_up(group, MFT__TILE_ROWS) * lanes);
