@@ -1803,6 +1803,9 @@ typedef struct mft__matrix { const void *data; mft_dtype dtype; int64_t row_stri
 /* Constants of one AdamW update, see [OPTIMIZER]. */
 typedef struct mft__adamw { float lr_over_c1, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inv_sqrt_c2, grad_scale; } mft__adamw;
 
+/* What else comes into a product on its way out:  scale a b,  a [m, k] f32 by rows, b [k, n] f32, k small. */
+typedef struct mft__tail { mft__matrix a, b; int64_t k; float scale; } mft__tail;
+
 /* One product as the rows see it: c[i, l] (swapped: c[l, i]) over the rows i of s, of which numbers are
  * read one by one, and the rows l of v, which are the lanes of vectors. Columns of both are k. */
 typedef struct mft__gemm_job {
@@ -1816,6 +1819,7 @@ typedef struct mft__gemm_job {
     float       *c;
     int64_t      ldc;
     int          swapped, add;
+    mft__tail    tail;                             /* k 0: none; rows of b end on whole vectors */
     float       *packed;                           /* the block of v in panels                 */
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
     size_t       scratch_bytes;
@@ -1857,7 +1861,7 @@ typedef struct mft__gemm_row {
     int       k_step;                              /* cells are floats: 1; else pairs, and k is filled up to a multiple */
     int       max_products;                        /* of bf16 terms, for which this is faster than floats; 0: one term only */
     void    (*strip)(const mft__gemm_strip *x);
-    mft__task pack, tiles, columns, dots, sums;    /* of a mft__gemm_job, see mft__gemm        */
+    mft__task pack, tiles, columns, dots, sums, thin;      /* of a mft__gemm_job, see mft__gemm */
 } mft__gemm_row;
 
 /* Copies what a strip is to ask for; returns how many lines each time, if there are so many times. */
@@ -2430,7 +2434,7 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
 #endif
 
 /* ---- the table ---- */
-#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row
+#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row
 #define MFT__VECTORS_OF(row) mft__to_float_##row, mft__from_float_##row,                                                          \
     mft__dot_##row, mft__axpy_##row, mft__add_##row, mft__mul_##row, mft__mul_add_##row, mft__scale_##row,                        \
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
@@ -2457,7 +2461,7 @@ static const mft__gemm_row mft__gemm_neon         = {  6,     16,   4,    1,    
 #endif
 #ifdef MFT__HAVE_NEON_DOT
 static const mft__gemm_row mft__gemm_neon_dot     = {  6,     16,   4,    1,     0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
-                                                       mft__gemm_dots_neon_dot, mft__gemm_sums_neon };
+                                                       mft__gemm_dots_neon_dot, mft__gemm_sums_neon, mft__gemm_thin_neon };
 #endif
 #ifdef MFT__HAVE_NEON_BF16
 static const mft__gemm_row mft__gemm_neon_bf16    = {  8,     16,   4,    4,     3, mft__strip_neon_bf16,  MFT__TASKS_OF(neon)     };
@@ -2555,6 +2559,8 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
  *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA)
  *   sums     few rows in a, b lies along n: rows of b added up where they lie (decoding)
+ *   thin     k is small: nothing packed, no sums but in registers (LoRA). As a product's tail it meets tiles
+ *            and columns on their way out, so u b^T costs no pass over y of its own
  *
  *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
  *   follow the number of threads. The register tile alone reaches 98 % of the multiply-adds' peak; what is lost
@@ -2562,7 +2568,10 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   that a fifth of the time passes waiting. On one core of a Xeon (Emerald Rapids class, AVX-512, `mft bench
  *   kernels --threads 1`, peak 198 GFLOPS): x w^T 128 x 4864 x 896 84 % (f32 w), 85 % (bf16, in place), 62 %
  *   (Q8_0), 73 % (Q4_0); dy w 74 %; dy^T x 768 x 3072 x 1024 72 %. With the AVX2 row 82, 82, 75, 79, 77, 75 %. */
-typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS } mft__gemm_way;
+typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN } mft__gemm_way;
+
+static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                     const float *bias, int add, float *c, int64_t ldc);
 
 /* So few strips that packed lanes are not worth sharing: see `columns`. */
 static int mft__gemm_few_strips(const mft__gemm_job *g) { return g->s_count <= 256; }
@@ -2589,6 +2598,18 @@ static void mft__gemm_terms(const mft__kernels *kernels, mft_precision precision
     g->s_terms = s; g->v_terms = v;
 }
 
+static mft__matrix mft__matrix_of(const void *data, mft_dtype dtype, int64_t row_stride, int64_t col_stride)
+{
+    mft__matrix m;
+    m.data = data; m.dtype = dtype; m.row_stride = row_stride; m.col_stride = col_stride;
+    return m;
+}
+
+static mft__matrix mft__matrix_f32(const float *data, int64_t row_stride, int64_t col_stride)
+{
+    return mft__matrix_of(data, MFT_F32, row_stride, col_stride);
+}
+
 /* One worker does all where waking another (some microseconds) costs more than it brings. */
 static void mft__gemm_run(mft_context *ctx, int alone, int64_t n, int64_t group, mft__task task, mft__gemm_job *g)
 {
@@ -2597,13 +2618,13 @@ static void mft__gemm_run(mft_context *ctx, int alone, int64_t n, int64_t group,
     else for (i = 0; i < n; i += group) task(g, i, mft__min64(i + group, n), 0);
 }
 
-/* x as contiguous floats, row by row. */
-static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, const mft__matrix *x, int64_t rows, int64_t cols)
+/* x as floats, row by row, ld apart. */
+static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, int64_t ld, const mft__matrix *x, int64_t rows, int64_t cols)
 {
     int64_t r, c, i, n, size = (int64_t)mft_dtype_bytes(x->dtype, 1);
     float   part[64];
     if (x->col_stride == 1) {
-        for (r = 0; r < rows; r++, dst += cols) for (c = 0; c < cols; c += 64) {
+        for (r = 0; r < rows; r++, dst += ld) for (c = 0; c < cols; c += 64) {
             n = mft__min64(cols - c, 64);
             kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, r * x->row_stride + c), x->dtype,
                               mft__is_quantized(x->dtype) ? mft__round_up(n, 32) : n);
@@ -2611,12 +2632,12 @@ static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, const mft
         }
         return;
     }
-    for (c = 0; c < cols; c++) {                                /* few rows, side by side */
-        const float *column = part;
-        if (x->dtype == MFT_F32)              column = (const float *)x->data + c * x->col_stride;
-        else if (mft__is_quantized(x->dtype)) kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, c * x->col_stride), x->dtype, mft__round_up(rows, 32));
-        else                                  kernels->to_float(part, (const char *)x->data + c * x->col_stride * size, x->dtype, rows);
-        for (i = 0; i < rows; i++) dst[i * cols + c] = column[i];
+    for (r = 0; x->dtype == MFT_F32 && r < rows; r++)           /* few rows, side by side */
+        for (c = 0; c < cols; c++) dst[r * ld + c] = ((const float *)x->data)[c * x->col_stride + r];
+    for (c = 0; x->dtype != MFT_F32 && c < cols; c++) {
+        if      (mft__is_quantized(x->dtype)) kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, c * x->col_stride), x->dtype, mft__round_up(rows, 32));
+        else                             kernels->to_float(part, (const char *)x->data + c * x->col_stride * size, x->dtype, rows);
+        for (i = 0; i < rows; i++) dst[i * ld + c] = part[i];
     }
 }
 
@@ -2722,24 +2743,24 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
     return -1;
 }
 
-/* c[m,n] = (add ? c : 0) + alpha sum_k a[m,k] b[k,n] + bias[n].  c f32, rows ldc apart; bias may be NULL.
+/* c[m,n] = (add ? c : 0) + alpha sum_k a[m,k] b[k,n] + bias[n] + tail.  c f32, rows ldc apart; bias, tail may be NULL.
  * Takes its workspace from the high end, while planning takes it only on paper.
  * 0 with the sentence set when that is not to be had. */
-static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
-                     const float *bias, int add, float *c, int64_t ldc)
+static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                            const float *bias, int add, float *c, int64_t ldc, const mft__tail *tail)
 {
     mft__gemm_job  g, turned;
     mft__gemm_way  way;
     mft__matrix    bt = b;
     const mft__gemm_row *row;
     int64_t        group, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all;
-    size_t         packed = 0, floats, bytes;
+    size_t         packed = 0, tail_bytes = 0, floats, bytes;
     int            alone, theirs, flatten = 0;
     char          *memory;
 
     if (m < 1 || n < 1 || k < 1) return 1;
     theirs = mft__gemm_products(ctx, m, n, k, alpha, a, b, bias, add, c, ldc);
-    if (theirs) return theirs > 0;
+    if (theirs) return theirs > 0 && (!tail || mft__gemm(ctx, m, n, tail->k, tail->scale, tail->a, tail->b, NULL, 1, c, ldc));
     bt.row_stride = b.col_stride; bt.col_stride = b.row_stride;         /* row l of it is column l of b */
     memset(&g, 0, sizeof g);
     g.s = a; g.v = bt; g.s_count = m; g.v_count = n; g.k = k;
@@ -2752,10 +2773,15 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
     if      (bt.col_stride == 1 && m <= MFT__FEW && m <= n) { way = MFT__DOTS; g = turned; }
     else if (a.col_stride == 1 && n <= MFT__FEW)              way = MFT__DOTS;
     else if (b.col_stride == 1 && m <= MFT__FEW_SUMS && a.dtype == MFT_F32) way = MFT__SUMS;
-    else {
+    else if (k <= MFT__FEW && a.col_stride == 1 && a.dtype == MFT_F32 && b.dtype == MFT_F32 && !tail) {
+        way = MFT__THIN;
+        g.tail.a = a; g.tail.b = b; g.tail.k = k; g.tail.scale = alpha;
+    } else {
         if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
         way = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
+        if (tail) { g.tail = *tail; tail = NULL; }
     }
+    if (g.tail.k && (g.tail.b.col_stride != 1 || n % g.row->width)) tail_bytes = sizeof(float) * (size_t)(g.tail.k * mft__round_up(n, 16));
 
     row    = g.row;
     alone  = m * n * k < 200000;
@@ -2772,6 +2798,10 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
         group  = MFT__SUMS_LANES;
         floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + m));
         break;
+    case MFT__THIN:
+        group  = mft__round_up(1 + 131072 / (n * k), 4);
+        floats = 0;
+        break;
     case MFT__COLUMNS:                                                  /* up to 4 blocks of lanes each, for even shares */
         group   = mft__round_up(1 + g.v_count / (6 * shares), row->lanes);
         if (group > MFT__COLUMN_LANES) group = mft__min64(4, group / MFT__COLUMN_LANES) * MFT__COLUMN_LANES;
@@ -2786,21 +2816,27 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
         floats += (size_t)(mft__round_up(group, MFT__TILE_ROWS) * lanes);
     }
     g.scratch_bytes = mft__round64(sizeof(float) * floats);
-    bytes  = packed + (size_t)threads * g.scratch_bytes;
+    bytes  = packed + tail_bytes + (size_t)threads * g.scratch_bytes;
     memory = (char *)mft__high(ctx, bytes);
     if (!memory) return 0;
     if (MFT__RUNS(ctx)) {
         float *front = (float *)(void *)memory;
-        g.scratch = memory + packed;
+        g.scratch = memory + packed + tail_bytes;
+        if (tail_bytes) {
+            float *rows = (float *)(void *)(memory + packed);
+            mft__gemm_flatten(ctx->kernels, rows, mft__round_up(n, 16), &g.tail.b, g.tail.k, n);
+            g.tail.b = mft__matrix_f32(rows, mft__round_up(n, 16), 1);
+        }
         switch (way) {
         case MFT__DOTS:
             if (flatten) {
-                mft__gemm_flatten(ctx->kernels, front, &g.v, g.v_count, k);
+                mft__gemm_flatten(ctx->kernels, front, k, &g.v, g.v_count, k);
                 g.v.data = front; g.v.dtype = MFT_F32; g.v.row_stride = k; g.v.col_stride = 1;
             }
             mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &g);
             break;
         case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
+        case MFT__THIN:    mft__gemm_run(ctx, alone, g.s_count, group, row->thin, &g);    break;
         case MFT__COLUMNS: mft__gemm_run(ctx, alone, g.v_count, group, row->columns, &g); break;
         default:
             g.packed = front;
@@ -2812,9 +2848,15 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
         }
     }
     mft__high_free(ctx, memory, bytes);
-    return 1;
+    return !tail || mft__gemm(ctx, m, n, tail->k, tail->scale, tail->a, tail->b, NULL, 1, c, ldc);
 }
 
+/* The same without a tail. */
+static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                     const float *bias, int add, float *c, int64_t ldc)
+{
+    return mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, NULL);
+}
 
 /* ==============================================================================
  * MARK: - [TAPE] Records, gradients, what a step remembers
@@ -3677,23 +3719,17 @@ MFT_API mft_tensor *mft_contiguous(mft_context *ctx, mft_tensor *x)
 }
 
 /* ---- products ---- */
-static mft__matrix mft__matrix_of(const void *data, mft_dtype dtype, int64_t row_stride, int64_t col_stride)
-{
-    mft__matrix m;
-    m.data = data; m.dtype = dtype; m.row_stride = row_stride; m.col_stride = col_stride;
-    return m;
-}
-
-static mft__matrix mft__matrix_f32(const float *data, int64_t row_stride, int64_t col_stride)
-{
-    return mft__matrix_of(data, MFT_F32, row_stride, col_stride);
-}
-
 /* A product inside an op: memory out is the step's failure. */
+static void mft__product_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
+                                const float *bias, int add, float *c, int64_t ldc, const mft__tail *tail)
+{
+    if (!mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, tail)) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+}
+
 static void mft__product(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
                          const float *bias, int add, float *c, int64_t ldc)
 {
-    if (!mft__gemm(ctx, m, n, k, alpha, a, b, bias, add, c, ldc)) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    mft__product_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, NULL);
 }
 
 /* matmul, matrix by matrix:  da = dy b^T,  db = a^T dy */
@@ -3796,16 +3832,17 @@ static mft_tensor *mft__linear_result(mft_context *ctx, const mft_tensor *x, con
     return mft__result(ctx, x->ndim, shape);
 }
 
-static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, mft_tensor *y)
+static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, const mft__tail *tail, mft_tensor *y)
 {
     int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
     if (!mft__need(ctx, w, 0, out * in)) return;
-    mft__product(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1),
-                 mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]), bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out);
+    mft__product_tailed(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1), mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]),
+                        bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out, tail);
     mft__passed(ctx, w, 0, out * in);
 }
 
-static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, const float *dy)
+/* tail: what else goes into dx */
+static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, const float *dy, const mft__tail *tail)
 {
     int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
     int     add;
@@ -3821,15 +3858,15 @@ static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w
     if (x->trainable) {
         float *dx = mft__grad(ctx, x, &add);
         if (dx && mft__need(ctx, w, 0, out * in))
-            mft__product(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
-                             NULL, add, dx, in);
+            mft__product_tailed(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
+                                NULL, add, dx, in, tail);
         mft__passed(ctx, w, 0, out * in);
     }
 }
 
 static void mft__linear_backward(mft_context *ctx, mft__record *r)
 {
-    mft__linear_gradients(ctx, r->in[0], r->in[1], r->in[2], mft__dy(r));
+    mft__linear_gradients(ctx, r->in[0], r->in[1], r->in[2], mft__dy(r), NULL);
 }
 
 MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias)
@@ -3844,7 +3881,7 @@ MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, m
     wants |= mft__wants_grad(ctx, w);
     wants |= mft__wants_grad(ctx, bias);
     if (wants && !mft__record_op(ctx, mark, y, mft__linear_backward, x, w, bias)) return NULL;
-    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, y);
+    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, NULL, y);
     return ctx->step_status == MFT_OK ? y : NULL;
 }
 
@@ -4232,6 +4269,13 @@ MFT_API mft_tensor *mft_attention(mft_context *ctx, mft_tensor *q, mft_tensor *k
  *
  *   with g = scale dy b:   da = g^T dropout(x),  db = scale dy^T u,  dx = dy w + dropout'(g a)
  * ============================================================================== */
+static mft__tail mft__tail_of(const float *a, const float *b, int64_t b_row_stride, int64_t b_col_stride, int64_t k, float scale)
+{
+    mft__tail t;
+    t.a = mft__matrix_f32(a, k, 1); t.b = mft__matrix_f32(b, b_row_stride, b_col_stride); t.k = k; t.scale = scale;
+    return t;
+}
+
 static void mft__lora_backward(mft_context *ctx, mft__record *rec)
 {
     mft_tensor *x = rec->in[0], *w = rec->in[1], *bias = rec->in[2], *a = rec->in[3], *b = rec->in[4];
@@ -4240,12 +4284,14 @@ static void mft__lora_backward(mft_context *ctx, mft__record *rec)
     float       scale = rec->f[0], p = rec->f[1], *g, *xd = (float *)x->data, *grad;
     size_t      g_bytes = (size_t)(rows * rank) * sizeof(float), x_bytes = (size_t)(rows * in) * sizeof(float);
     int         add;
+    mft__tail   tail;
 
     if (b->trainable && (grad = mft__grad(ctx, b, &add)) != NULL)
         mft__product(ctx, out, rank, rows, scale, mft__matrix_f32(dy, 1, out), mft__matrix_f32(rec->saved, rank, 1), NULL, add, grad, rank);
-    mft__linear_gradients(ctx, x, w, bias, dy);
     if (!(g = (float *)mft__high(ctx, g_bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
     mft__product(ctx, rows, rank, out, scale, mft__matrix_f32(dy, out, 1), mft__matrix_f32(bd, rank, 1), NULL, 0, g, rank);
+    tail = mft__tail_of(g, ad, in, 1, rank, 1);
+    mft__linear_gradients(ctx, x, w, bias, dy, p > 0 ? NULL : &tail);
     if (a->trainable) {
         if (p > 0) {
             if (!(xd = (float *)mft__high(ctx, x_bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
@@ -4255,14 +4301,12 @@ static void mft__lora_backward(mft_context *ctx, mft__record *rec)
             mft__product(ctx, rank, in, rows, 1, mft__matrix_f32(g, 1, rank), mft__matrix_f32(xd, in, 1), NULL, add, grad, in);
         if (p > 0) mft__high_free(ctx, xd, x_bytes);
     }
-    if (x->trainable && (grad = mft__grad_add(ctx, x)) != NULL) {
-        if (p > 0) {
-            float *t = (float *)mft__high(ctx, x_bytes);
-            if (!t) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
-            mft__product(ctx, rows, in, rank, 1, mft__matrix_f32(g, rank, 1), mft__matrix_f32(ad, in, 1), NULL, 0, t, in);
-            mft__dropout_do(ctx, grad, t, rows * in, p, (uint64_t)rec->i[0], 1);
-            mft__high_free(ctx, t, x_bytes);
-        } else mft__product(ctx, rows, in, rank, 1, mft__matrix_f32(g, rank, 1), mft__matrix_f32(ad, in, 1), NULL, 1, grad, in);
+    if (p > 0 && x->trainable && (grad = mft__grad_add(ctx, x)) != NULL) {
+        float *t = (float *)mft__high(ctx, x_bytes);
+        if (!t) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
+        mft__product(ctx, rows, in, rank, 1, tail.a, tail.b, NULL, 0, t, in);
+        mft__dropout_do(ctx, grad, t, rows * in, p, (uint64_t)rec->i[0], 1);
+        mft__high_free(ctx, t, x_bytes);
     }
     mft__high_free(ctx, g, g_bytes);
 }
@@ -4278,6 +4322,7 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     uint64_t     stream = 0;
     size_t       x_bytes;
     int          wants, drops;
+    mft__tail    tail;
     if (!mft__op_inputs(ctx, "mft_lora_linear", ctx && mft__fresh(x) && mft__fresh(w) && mft__fresh(a) && mft__fresh(b))) return NULL;
     mark = mft__low_mark(ctx);
     if (!(x = mft__linear_input(ctx, "mft_lora_linear", x, w, bias))) return NULL;
@@ -4301,7 +4346,6 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
         rec->in[3] = a; rec->in[4] = b; rec->saved = u;
         rec->f[0] = scale; rec->f[1] = drops ? dropout : 0; rec->i[0] = (int64_t)stream;
     }
-    mft__linear_forward(ctx, x, w, bias, y);
     xd = (float *)x->data; x_bytes = (size_t)(rows * in) * sizeof(float);
     if (drops) {
         if (!(xd = (float *)mft__high(ctx, x_bytes))) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
@@ -4309,7 +4353,8 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     }
     mft__product(ctx, rows, rank, in, 1, mft__matrix_f32(xd, in, 1), mft__matrix_f32((const float *)a->data, 1, in), NULL, 0, u, rank);
     if (drops) mft__high_free(ctx, xd, x_bytes);
-    mft__product(ctx, rows, out, rank, scale, mft__matrix_f32(u, rank, 1), mft__matrix_f32((const float *)b->data, 1, rank), NULL, 1, (float *)y->data, out);
+    tail = mft__tail_of(u, (const float *)b->data, 1, rank, rank, scale);
+    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, &tail, y);
     if (!wants) mft__high_free(ctx, u, (size_t)(rows * rank) * sizeof(float));
     return ctx->step_status == MFT_OK ? y : NULL;
 }
@@ -6300,41 +6345,62 @@ MFT__BODY mft__ahead MFT__FN(ahead)(const mft__matrix *x, int64_t r, int64_t row
     return a;
 }
 
+/* Up to 4 rows of c from row i on, up to MFT__W columns from j on: alpha times their sums (NULL: nothing was summed), what
+ * c held, bias, and the tail, each vector of whose b serves all 4 rows. */
+MFT__HELP void MFT__FN(gemm_finish)(const mft__gemm_job *g, const float *sums, int64_t ld, int64_t i, int64_t rows, int64_t j, int64_t n)
+{
+    const mft__tail *t = &g->tail;
+    const float     *a[4] = { NULL, NULL, NULL, NULL }, *b = t->k ? (const float *)t->b.data + j : NULL;
+    MFT__V  y[4], x;
+    int64_t p;
+    int     r;
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) {                                   /* rows that are not there: the first again */
+        if (t->k) a[r] = (const float *)t->a.data + (r < rows ? i + r : i) * t->a.row_stride;
+        y[r] = MFT__SET1(0.0f);
+    }
+    for (p = 0; p < t->k; p++, b += t->b.row_stride) {
+        x = MFT__LOAD(b);
+        MFT__UNROLL
+        for (r = 0; r < 4; r++) y[r] = MFT__FMA(MFT__SET1(a[r][p]), x, y[r]);
+    }
+    MFT__UNROLL
+    for (r = 0; r < 4; r++) if (r < rows) {
+        float *c = g->c + (i + r) * g->ldc + j;
+        x = MFT__SET1(0.0f);
+        if (sums)    x = MFT__SET1(g->alpha) * MFT__LOAD(sums + r * ld);
+        if (g->add)  x += MFT__FN(in)(c, n);
+        if (g->bias) x += MFT__FN(in)(g->bias + j, n);
+        if (t->k)    x += MFT__SET1(t->scale) * y[r];
+        MFT__FN(out)(c, n, x);
+    }
+}
+
 /* Rows [begin, end) of c's tile, lanes from v_begin on, to where they belong. */
 MFT__BODY void MFT__FN(gemm_out)(const mft__gemm_job *g, const float *tile, int64_t ld, int64_t begin, int64_t end)
 {
-    MFT__V  alpha = MFT__SET1(g->alpha);
-    int64_t i, j, l, r, n;
-    float  *c, square[MFT__W * MFT__W];
-    const float *bias;
+    int64_t j, l, r;
+    float   square[MFT__W * MFT__W];
     if (!g->swapped) {                                          /* c[row][lane] */
-        bias = g->bias ? g->bias + g->v_begin : NULL;
-        n = g->v_count;
-        for (j = begin; j < end; j++, tile += ld) {
-            c = g->c + j * g->ldc + g->v_begin;
-            MFT__EACH {
-                MFT__V y = alpha * MFT__LOAD(tile + i);
-                if (g->add) y += MFT__IN(c);
-                if (bias)   y += MFT__IN(bias);
-                MFT__OUT(c, y);
-            }
-        }
+        for (j = begin; j < end; j += 4) for (l = 0; l < g->v_count; l += MFT__W)
+            MFT__FN(gemm_finish)(g, tile + (j - begin) * ld + l, ld, j, end - j, g->v_begin + l, g->v_count - l);
         return;
     }
     for (l = 0; l < g->v_count; l += MFT__W) for (j = begin; j < end; j += MFT__W) {      /* c[lane][row] */
-        int64_t lanes = mft__min64(g->v_count - l, MFT__W);
         MFT__FN(transpose)(square, MFT__W, tile + (j - begin) * ld + l, ld);
-        bias = g->bias ? g->bias + j : NULL;
-        n = mft__min64(end - j, MFT__W);
-        for (r = 0; r < lanes; r++) {
-            MFT__V y = alpha * MFT__LOAD(square + r * MFT__W);
-            c = g->c + (g->v_begin + l + r) * g->ldc + j;
-            i = 0;
-            if (g->add) y += MFT__IN(c);
-            if (bias)   y += MFT__IN(bias);
-            MFT__OUT(c, y);
-        }
+        for (r = 0; r < MFT__W && l + r < g->v_count; r += 4)
+            MFT__FN(gemm_finish)(g, square + r * MFT__W, MFT__W, g->v_begin + l + r, g->v_count - l - r, j, end - j);
     }
+}
+
+/* Rows [begin, end) of c, of which the tail is all there is. */
+MFT__BODY void MFT__FN(gemm_thin)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t j;
+    (void)worker;
+    for (; begin < end; begin += 4) for (j = 0; j < g->v_count; j += MFT__W)
+        MFT__FN(gemm_finish)(g, NULL, 0, begin, end - begin, j, g->v_count - j);
 }
 
 /* What comes after the strip of row i and this block of k: the next strip of s; of v the next block of k, in panels

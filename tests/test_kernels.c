@@ -472,6 +472,44 @@ static void test_product_threads(void)
     }
 }
 
+/* A product and what comes on top of it, of both layouts, on all ways (so few rows that there is no way out to meet, few and
+ * many strips, turned or not), against doubles; and the same bits for any number of threads. */
+static void test_product_tail(void)
+{
+    static const int sizes[][4] = { { 1, 70, 40, 8 }, { 3, 33, 90, 1 }, { 40, 9, 64, 5 }, { 37, 130, 300, 8 }, { 130, 37, 70, 33 }, { 300, 290, 40, 4 }, { 290, 64, 270, 16 } };
+    size_t s;
+    int    layout, threads;
+    for (s = 0; s < sizeof sizes / sizeof *sizes; s++) for (layout = 0; layout < 8; layout++) {
+        int64_t   m = sizes[s][0], n = sizes[s][1], k = sizes[s][2], r = sizes[s][3], ldc = n + layout % 3, i, j, p;
+        uint32_t  seed = (uint32_t)s + 5;
+        operand   a = operand_make(m, k, MFT_F32, layout & 1, 0, &seed), b = operand_make(k, n, layout < 4 ? MFT_F32 : MFT_BF16, layout >> 1 & 1, 0, &seed);
+        operand   u = operand_make(m, r, MFT_F32, 0, layout % 2, &seed), v = operand_make(r, n, MFT_F32, layout >> 2, layout % 2, &seed);
+        mft__tail tail = { u.m, v.m, r, 0.5f };
+        size_t    bytes = sizeof(float) * (size_t)(m * ldc);
+        float    *c = (float *)malloc(bytes), *c0 = (float *)malloc(bytes), *first = (float *)malloc(bytes), *bias = (float *)malloc(sizeof(float) * (size_t)n);
+        int       bad = 0;
+        fill(c0, m * ldc, &seed); fill(bias, n, &seed);
+        for (threads = 1; threads <= 5; threads += 2) {
+            mft_context *ctx = context(K->name, threads, MFT_PRECISION_F32);
+            memcpy(c, c0, bytes);
+            CHECK(mft__gemm_tailed(ctx, m, n, k, 1, a.m, b.m, bias, layout & 1, c, ldc, &tail));
+            if (threads == 1) memcpy(first, c, bytes);
+            CHECK(memcmp(c, first, bytes) == 0);
+            mft_context_destroy(ctx);
+        }
+        for (i = 0; i < m; i++) for (j = 0; j < ldc; j++) {
+            double y = 0, t = 0;
+            for (p = 0; p < k && j < n; p++) y += (double)a.exact[i * k + p] * b.exact[p * n + j];
+            for (p = 0; p < r && j < n; p++) t += (double)u.exact[i * r + p] * v.exact[p * n + j];
+            if (j < n) y += 0.5 * t + bias[j] + (layout & 1 ? c0[i * ldc + j] : 0);
+            else       y = c0[i * ldc + j];
+            if (!(fabs(c[i * ldc + j] - y) <= 1e-6 * (1 + sqrt((double)(k + r))))) bad++;
+        }
+        CHECK_MSG(bad == 0, "%s: %dx%dx%d and %d, layout %d: %d numbers wrong", K->name, (int)m, (int)n, (int)k, (int)r, layout, bad);
+        operand_free(&a); operand_free(&b); operand_free(&u); operand_free(&v); free(c); free(c0); free(first); free(bias);
+    }
+}
+
 /* A NaN or an infinity reaches exactly the numbers that depend on it. */
 static void test_product_not_finite(void)
 {
@@ -551,6 +589,7 @@ int main(void)
         TEST(test_product_error);
         TEST(test_product_quantized_error);
         TEST(test_product_bf16);
+        TEST(test_product_tail);
         TEST(test_product_threads);
         TEST(test_product_not_finite);
         TEST(test_product_memory);
