@@ -1812,7 +1812,8 @@ typedef struct mft__gemm_job {
     const struct mft__gemm_row *row;
     mft__matrix  s, v;
     int64_t      s_count, v_begin, v_count, k;     /* v_begin: the block of lanes at hand      */
-    int64_t      v_next;                           /* lanes after it that the same task will pack */
+    int64_t      v_next, n_next;                   /* lanes that the same worker will probably pack after it */
+    int64_t      tasks, at_once;                   /* how many, and how many are worked on at the same time */
     int          s_terms, v_terms;                 /* bf16 terms of each number; floats: 1     */
     float        alpha;
     const float *bias;                             /* along n, the columns of c                */
@@ -1829,6 +1830,14 @@ typedef struct mft__gemm_job {
  * steps of k. All at once they would fill the core's few places for lines under way, and the products would wait. */
 typedef struct mft__ahead { const char *p; int64_t bytes, pitch, rows, at; } mft__ahead;      /* at: bytes asked of this row */
 
+/* Rows of numbers, f32 or bf16, to copy as floats meanwhile, as many pieces of each. */
+typedef struct mft__carry {
+    const char *from;
+    float      *to;
+    mft_dtype   dtype;
+    int64_t     rows, pieces, from_row, from_piece, to_row, to_piece;      /* steps: of `from` in bytes, of `to` in numbers */
+} mft__carry;
+
 /* A strip of s against the panels of v, over one block of k. Both are made of cells of 32 bits: a float,
  * or a pair of bf16 neighbours in k. */
 typedef struct mft__gemm_strip {
@@ -1838,10 +1847,13 @@ typedef struct mft__gemm_strip {
     int          add;
     int64_t      s_step;                           /* 0: s is [row][MFT__STRIDE]; else [k][s_step] */
     const float *s, *v;
-    int64_t      s_term, v_step, v_panel;          /* from a term of s, a cell of v, a panel to the next; pairs and terms
-                                                      are always packed, so there v_step is lanes */
+    int64_t      s_term, v_panel;                  /* from a term of s, a panel of v to the next */
     int          s_terms, v_terms;
     mft__ahead   ahead[2];                         /* memory to ask for meanwhile              */
+    mft__carry   carry;                            /* numbers to copy meanwhile                */
+    const char  *raw;                              /* of floats: v where it lies, to be packed to v on the way; or NULL */
+    mft_dtype    raw_dtype;                        /* f32 or bf16                              */
+    int64_t      raw_step;                         /* bytes from one k to the next             */
 } mft__gemm_strip;
 
 enum { MFT__KC      = 256,                         /* k goes in blocks: a strip of s stays in the first cache */
@@ -1851,7 +1863,8 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
        MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
        MFT__ASK_STEPS = 16,                        /* steps of k between two askings ahead     */
-       MFT__COLUMN_LANES = 128,                    /* that a task packs for itself at a time   */
+       MFT__COLUMN_PANELS = 12,                    /* that a task packs for itself             */
+       MFT__GROUP   = 4,                           /* strips copied together where rows of s lie side by side: whole lines */
        MFT__NEAR    = 1 << 18,                     /* so many packed numbers stay in the second cache */
        MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
        MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
@@ -1907,6 +1920,11 @@ static int64_t mft__min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t mft__max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MFT__UNUSED static int mft__min_int(int a, int b) { return a < b ? a : b; }
 static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+/* n in whole units, cut into so many parts, as even as can be: where the i-th begins. */
+static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) { return mft__min64(n, ((n - 1) / unit + 1) * i / parts * unit); }
+/* Strips of s that are copied together, while those before them are multiplied; pairs are made when they are needed. */
+static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->row->k_step == 1 && g->s.col_stride != 1 ? MFT__GROUP : 1; }
+static int64_t mft__gemm_strips(const mft__gemm_job *g) { return g->row->k_step == 1 ? 2 * mft__gemm_group(g) : 1; }
 static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return row->k_step > 1 ? mft__round_up(kc, row->k_step) / 2 : kc; }
 
 /* The keys query t of sequence b sees: [*first, *end). */
@@ -2583,7 +2601,7 @@ static double mft__gemm_cost(const mft__gemm_row *row, const mft__gemm_job *g)
     double v = (double)(mft__round_up(g->v_count, row->width) / row->width), s = (double)mft__round_up(g->s_count, row->height / 3);
     double pack_v = v * (g->v.row_stride == 1 ? 8 : 24);
     double pack_s = s * (g->s.col_stride == 1 ? 9.0 / row->width : g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16 ? 20.0 / row->height : 6);
-    return s * v + pack_v + pack_s * (double)((g->v_count - 1) / (mft__gemm_few_strips(g) ? MFT__COLUMN_LANES : 256) + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
+    return s * v + pack_v + pack_s * (double)((g->v_count - 1) / (mft__gemm_few_strips(g) ? MFT__COLUMN_PANELS * row->lanes : 256) + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
 }
 
 /* Where the two operands come from, and in how many bf16 terms. */
@@ -2608,6 +2626,14 @@ static mft__matrix mft__matrix_of(const void *data, mft_dtype dtype, int64_t row
 static mft__matrix mft__matrix_f32(const float *data, int64_t row_stride, int64_t col_stride)
 {
     return mft__matrix_of(data, MFT_F32, row_stride, col_stride);
+}
+
+/* Into how many tasks `units` of work go: each at most so large, at least so many if there is so much, as many for each
+ * that works. */
+static int64_t mft__gemm_tasks(int64_t units, int64_t most, int64_t tasks, int64_t shares)
+{
+    tasks = mft__round_up(mft__max64((units - 1) / most + 1, tasks), shares);
+    return mft__min64(tasks, units);
 }
 
 /* One worker does all where waking another (some microseconds) costs more than it brings. */
@@ -2753,7 +2779,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     mft__gemm_way  way;
     mft__matrix    bt = b;
     const mft__gemm_row *row;
-    int64_t        group, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all;
+    int64_t        group = 1, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all, units;
     size_t         packed = 0, tail_bytes = 0, floats, bytes;
     int            alone, theirs, flatten = 0;
     char          *memory;
@@ -2785,8 +2811,9 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
 
     row    = g.row;
     alone  = m * n * k < 200000;
-    floats = (size_t)(g.s_terms * row->height * MFT__STRIDE);           /* a worker's: the strip, in all its terms */
+    floats = (size_t)(mft__gemm_strips(&g) * g.s_terms * row->height * MFT__STRIDE);      /* a worker's: the strips, in all their terms */
     if (alone) threads = shares = 1;
+    g.at_once = shares;
     switch (way) {
     case MFT__DOTS:
         flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
@@ -2802,18 +2829,18 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         group  = mft__round_up(1 + 131072 / (n * k), 4);
         floats = 0;
         break;
-    case MFT__COLUMNS:                                                  /* up to 4 blocks of lanes each, for even shares */
-        group   = mft__round_up(1 + g.v_count / (6 * shares), row->lanes);
-        if (group > MFT__COLUMN_LANES) group = mft__min64(4, group / MFT__COLUMN_LANES) * MFT__COLUMN_LANES;
-        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC)))
-                           * mft__min64(group, MFT__COLUMN_LANES));
+    case MFT__COLUMNS:
+        units   = (g.v_count - 1) / row->lanes + 1;
+        g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, 2 * shares, shares);
+        lanes   = ((units - 1) / g.tasks + 1) * row->lanes;
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC))) * lanes);
         break;
-    default:                                                            /* up to 8 strips each, likewise */
+    default:
+        units   = (g.s_count - 1) / row->height + 1;
+        g.tasks = mft__gemm_tasks(units, 8, 6 * shares, shares);
         lanes   = mft__min64(256, mft__round_up(g.v_count, row->lanes));
-        group   = g.s_count / (6 * shares * row->height);
-        group   = row->height * (group < 1 ? 1 : group > 8 ? 8 : group);
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
-        floats += (size_t)(mft__round_up(group, MFT__TILE_ROWS) * lanes);
+        floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
     }
     g.scratch_bytes = mft__round64(sizeof(float) * floats);
     bytes  = packed + tail_bytes + (size_t)threads * g.scratch_bytes;
@@ -2837,13 +2864,13 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
             break;
         case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
         case MFT__THIN:    mft__gemm_run(ctx, alone, g.s_count, group, row->thin, &g);    break;
-        case MFT__COLUMNS: mft__gemm_run(ctx, alone, g.v_count, group, row->columns, &g); break;
+        case MFT__COLUMNS: mft__gemm_run(ctx, alone, g.tasks, 1, row->columns, &g);       break;
         default:
             g.packed = front;
             for (at = 0, all = g.v_count; at < all; at += lanes) {
                 g.v_begin = at; g.v_count = mft__min64(lanes, all - at);
                 mft__gemm_run(ctx, alone, ((k - 1) / MFT__KC + 1) * ((g.v_count - 1) / row->lanes + 1), 2, row->pack, &g);
-                mft__gemm_run(ctx, alone, g.s_count, group, row->tiles, &g);
+                mft__gemm_run(ctx, alone, g.tasks, 1, row->tiles, &g);
             }
         }
     }
@@ -6304,7 +6331,7 @@ MFT__BODY void MFT__FN(gemm_strip)(const mft__gemm_job *g, float *strip, int64_t
     for (j = 0; j < height; j++, strip += MFT__STRIDE) {
         const float *src = rows;
         if (j >= h) {
-            for (t = 0; p0 == 0 && t < g->s_terms; t++) memset(strip + t * height * MFT__STRIDE, 0, sizeof(float) * MFT__STRIDE);
+            for (t = 0; (p0 == 0 || !pairs) && t < g->s_terms; t++) memset(strip + t * height * MFT__STRIDE, 0, sizeof(float) * MFT__STRIDE);
             continue;
         }
         if (g->s.col_stride == 1) {                             /* p0 starts a block: no more than kc are written */
@@ -6403,63 +6430,103 @@ MFT__BODY void MFT__FN(gemm_thin)(void *arg, int64_t begin, int64_t end, int wor
         MFT__FN(gemm_finish)(g, NULL, 0, begin, end - begin, j, g->v_count - j);
 }
 
-/* What comes after the strip of row i and this block of k: the next strip of s; of v the next block of k, in panels
- * unless the second cache still has them, or where the task's next lanes lie; at last the place in c. Of the latter
- * each strip asks for its share. */
-MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t kc)
+/* The strips after those of row i and block p0 of k. */
+MFT__HELP void MFT__FN(gemm_next)(const mft__gemm_job *g, int64_t begin, int64_t end, int64_t *i, int64_t *p0)
 {
-    int64_t     height = g->row->height, parts = (end - begin - 1) / height + 1, part = (i - begin) / height;
-    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc);
+    *i += mft__gemm_group(g) * g->row->height;
+    if (*i >= end) { *i = begin; *p0 += MFT__KC; }
+}
+
+/* What memory to ask for while strip `part` of `parts` from row i on is multiplied: strips of s, those after the ones that
+ * are copied meanwhile; of v the next block of k, in panels unless the second cache still has them, or where the worker's
+ * next lanes lie; at last the place in c. Of v and c each strip asks for its share. */
+MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t part, int64_t parts)
+{
+    int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part, kc = mft__min64(g->k - p0, MFT__KC);
+    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc), s_i = i, s_p = p0;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
-    if (i + height < end) x->ahead[0] = MFT__FN(ahead)(&g->s, i + height, mft__min64(end - i - height, height), p0, kc, 0, 1);
-    else if (next)        x->ahead[0] = MFT__FN(ahead)(&g->s, begin, mft__min64(end - begin, height), p0 + kc, next, 0, 1);
+    MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
+    if (g->row->k_step == 1) MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
+    if (s_p < g->k) x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
     if (next && g->packed) {
         from.data = g->packed + g->v_terms * cells * x->ld;
-        if (g->k * x->ld > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * x->ld * mft__gemm_cells(g->row, next) / 16, 0, 16, part, parts);
-    } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, part, parts);
-    else if (g->v_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin + g->v_count, g->v_next, 0, mft__min64(g->k, MFT__KC), part, parts);
+        if (g->k * x->ld > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * x->ld * mft__gemm_cells(g->row, next) / 16, 0, 16, at, all);
+    } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, at, all);
+    else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, MFT__KC), at, all);
     else {
         from.data = g->c; from.row_stride = g->ldc;
-        if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, part, parts);
-        else            x->ahead[1] = MFT__FN(ahead)(&from, begin, end - begin, g->v_begin, g->v_count, part, parts);
+        if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, at, all);
+        else            x->ahead[1] = MFT__FN(ahead)(&from, begin, end - begin, g->v_begin, g->v_count, at, all);
     }
 }
 
+/* What strip `part` of `parts` is to copy of the strips from row i and block p0 on, which come next: as gemm_strip
+ * makes them, but between multiply-adds, which have the ports for it to spare. Returns how many strips that makes; none
+ * where numbers have to be converted in blocks, or vectors would read past an end. */
+MFT__BODY int64_t MFT__FN(gemm_carry)(const mft__gemm_job *g, mft__carry *c, float *to, int64_t i, int64_t end, int64_t p0, int64_t part, int64_t parts)
+{
+    enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
+    int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min64(g->k - p0, MFT__KC), rows = mft__min64(end - i, MFT__H), made = 0, first;
+    memset(c, 0, sizeof *c);
+    if (g->row->k_step > 1 || p0 >= g->k || (g->s.dtype != MFT_F32 && g->s.dtype != MFT_BF16)) return 0;
+    if (g->s.col_stride == 1) {                                 /* rows: vectors of k */
+        if (kc % READ || rows % (MFT__H / 3)) return 0;
+        c->pieces = kc / READ; made = 1;
+        c->from_row = g->s.row_stride * size; c->from_piece = READ * size;
+        c->to_row = MFT__STRIDE;              c->to_piece = READ;
+    } else {                                                    /* lines of all rows: each strip's piece of every k */
+        while (made < MFT__GROUP && i + (made + 1) * MFT__H <= end && i + made * MFT__H + READ <= g->s_count) made++;
+        c->pieces = made; rows = kc;
+        c->from_row = g->s.col_stride * size; c->from_piece = MFT__H * size;
+        c->to_row = MFT__H;                   c->to_piece = MFT__H * MFT__STRIDE;
+    }
+    first    = rows * part / parts;
+    c->rows  = made ? rows * (part + 1) / parts - first : 0;
+    c->from  = (const char *)g->s.data + (i * g->s.row_stride + p0 * g->s.col_stride) * size + first * c->from_row;
+    c->to    = to + first * c->to_row;
+    c->dtype = g->s.dtype;
+    return made;
+}
+
 /* Rows [begin, end) of the scalar side against a block of lanes: all of k, then the way out. packed NULL:
- * the lanes are packed here, one block of k after the other, into the worker's own scratch. */
+ * the lanes are packed here, one block of k after the other, into the worker's own scratch; by the first strip on its
+ * way if they lie side by side. */
 MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_t end, int worker)
 {
     enum { LANES = MFT__P * MFT__W };
-    int64_t  height = g->row->height, n_panels = (g->v_count + LANES - 1) / LANES, p0, i, q;
-    float   *strip = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes);
-    float   *tile  = strip + g->s_terms * height * MFT__STRIDE, *packed;
-    int      in_place = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && g->v.dtype == MFT_F32
-                     && g->v_count % LANES == 0 && end - begin <= 2 * height;   /* too few rows to be worth packing for */
+    int64_t  height = g->row->height, n_panels = (g->v_count + LANES - 1) / LANES, group = mft__gemm_group(g), made = 0, more, p0, i, q;
+    int64_t  strip = g->s_terms * height * MFT__STRIDE;
+    float   *now   = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes), *then = now + (mft__gemm_strips(g) - group) * strip;
+    float   *tile  = now + mft__gemm_strips(g) * strip, *own = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * n_panels * LANES, *swap;
+    int      raw   = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
     mft__gemm_strip x;
 
-    x.s = strip; x.s_term = height * MFT__STRIDE; x.s_step = g->s.col_stride == 1 || g->row->k_step > 1 ? 0 : height;
+    memset(&x, 0, sizeof x);
+    x.s_term = height * MFT__STRIDE; x.s_step = g->s.col_stride == 1 || g->row->k_step > 1 ? 0 : height;
     x.ld = n_panels * LANES; x.lanes = g->v_count; x.s_terms = g->s_terms; x.v_terms = g->v_terms;
+    x.raw_dtype = g->v.dtype; x.raw_step = g->v.col_stride * (g->v.dtype == MFT_F32 ? 4 : 2);
     for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
         int64_t kc = mft__min64(g->k - p0, MFT__KC);
         x.cells = mft__gemm_cells(g->row, kc);
-        packed  = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * x.ld : NULL;
-        x.v_step = LANES; x.v_panel = LANES * x.cells;
-        if (in_place) {
-            packed = (float *)(uintptr_t)((const float *)g->v.data + g->v_begin + p0 * g->v.col_stride);   /* only read */
-            x.v_step = g->v.col_stride; x.v_panel = LANES;
-        } else if (!g->packed) {
-            packed = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * x.ld;
-            for (q = 0; q < n_panels; q++)
-                MFT__FN(gemm_panel)(g, packed + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
-        }
-        x.v = packed; x.add = p0 != 0;
-        for (i = begin; i < end; i += height) {
-            x.h = mft__min64(end - i, height);
-            x.tile = tile + (i - begin) * x.ld;
-            MFT__FN(gemm_strip)(g, strip, i, x.h, p0, kc);
-            MFT__FN(gemm_ahead)(g, &x, begin, end, i, p0, kc);
-            g->row->strip(&x);
+        x.v_panel = LANES * x.cells; x.add = p0 != 0;
+        x.v = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * x.ld : own;
+        for (q = 0; q < n_panels && !g->packed && !raw; q++)
+            MFT__FN(gemm_panel)(g, own + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
+        for (i = begin; i < end; i += group * height) {
+            int64_t parts = mft__min64(group, (end - i - 1) / height + 1), next_i = i, next_p = p0;
+            MFT__FN(gemm_next)(g, begin, end, &next_i, &next_p);
+            for (more = q = 0; q < parts; q++) {
+                int64_t row = i + q * height;
+                x.h = mft__min64(end - row, height);
+                x.s = now + q * strip; x.tile = tile + (row - begin) * x.ld;
+                x.raw = raw && row == begin ? (const char *)g->v.data + mft_dtype_bytes(g->v.dtype, g->v_begin) + p0 * x.raw_step : NULL;
+                if (q >= made) MFT__FN(gemm_strip)(g, now + q * strip, row, x.h, p0, kc);
+                more = MFT__FN(gemm_carry)(g, &x.carry, then, next_i, end, next_p, q, parts);
+                MFT__FN(gemm_ahead)(g, &x, begin, end, i, p0, q, parts);
+                g->row->strip(&x);
+            }
+            made = more; swap = now; now = then; then = swap;
         }
     }
     MFT__FN(gemm_out)(g, tile, x.ld, begin, end);
@@ -6467,16 +6534,21 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
 
 MFT__BODY void MFT__FN(gemm_tiles)(void *arg, int64_t begin, int64_t end, int worker)
 {
-    MFT__FN(gemm_block)((const mft__gemm_job *)arg, begin, end, worker);
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    for (; begin < end; begin++)
+        MFT__FN(gemm_block)(g, mft__gemm_cut(g->s_count, g->row->height, begin, g->tasks), mft__gemm_cut(g->s_count, g->row->height, begin + 1, g->tasks), worker);
 }
 
 MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int worker)
 {
     mft__gemm_job g = *(const mft__gemm_job *)arg;
+    int64_t       all = g.v_count, then;
     g.packed = NULL;
-    for (; begin < end; begin += g.v_count) {
-        g.v_begin = begin; g.v_count = mft__min64(end - begin, MFT__COLUMN_LANES);
-        g.v_next  = mft__min64(end - begin - g.v_count, MFT__COLUMN_LANES);
+    for (; begin < end; begin++) {
+        then = mft__min64(begin + g.at_once, g.tasks - 1);      /* the others take those between, if all are as fast */
+        g.v_begin = mft__gemm_cut(all, MFT__P * MFT__W, begin, g.tasks); g.v_count = mft__gemm_cut(all, MFT__P * MFT__W, begin + 1,  g.tasks) - g.v_begin;
+        g.v_next  = mft__gemm_cut(all, MFT__P * MFT__W, then,  g.tasks); g.n_next  = mft__gemm_cut(all, MFT__P * MFT__W, then + 1, g.tasks) - g.v_next;
+        if (then <= begin) g.n_next = 0;
         MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
     }
 }
@@ -6755,7 +6827,7 @@ MFT__HELP void MFT__FN(tile_scores)(const mft__attention_job *a, float *tile, co
     mft__gemm_strip x;
     int64_t i, d;
     memset(&x, 0, sizeof x);
-    x.lanes = lanes; x.ld = x.v_step = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
+    x.lanes = lanes; x.ld = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
     for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) for (i = begin; i < end; i += MFT__H) {
         x.h = mft__min64(end - i, MFT__H); x.cells = mft__min64(a->D - d, MFT__KC); x.add = d != 0;
         x.tile = tile + i * x.ld; x.s = copy + i * MFT__STRIDE; x.v = panel + d * x.ld;
@@ -6769,7 +6841,7 @@ MFT__HELP void MFT__FN(tile_spread)(const mft__attention_job *a, float *panel, c
     mft__gemm_strip x;
     int64_t i, d, n;
     memset(&x, 0, sizeof x);
-    x.lanes = lanes; x.ld = x.v_step = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
+    x.lanes = lanes; x.ld = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
     x.s_step = MFT__STRIDE; x.cells = end - begin; x.add = 1; x.v = tile + begin * x.ld;
     for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) {
         n = mft__min64(a->D - d, MFT__KC);
@@ -7089,39 +7161,73 @@ MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int
 /* ---- the innermost loop. For a strip of pairs it is included once more, alone, with the step that
  *      adds the products of a pair ---- */
 
-/* tile[i][lane] (+)= sum_p s(i, p) v[p][lane] over h rows and nv vectors, all constants once inlined: h nv
- * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). */
-MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline
-void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, float *tile, int64_t ld, int add,
-                                  const float *s, const float *v, int64_t v_step, int64_t cells, mft__ahead *ahead, int64_t ask)
+/* Copies some pieces of what a strip is to copy; *at: of the row at hand, that many are done. */
+MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline void MFT__GLUE(MFT__STRIP, _carry)(mft__carry *c, int64_t *at, int64_t pieces)
 {
-    MFT__V  c[MFT__H][MFT__P], b[MFT__P], x;
-    int64_t p;
-    int     i, j;
+    int j;
+    for (; pieces > 0 && c->rows > 0; pieces--) {
+        const char *from = c->from + *at * c->from_piece;
+        float      *to   = c->to + *at * c->to_piece;
+        MFT__UNROLL
+        for (j = 0; j < MFT__H; j += MFT__W) {                  /* past the strip, if its height is no multiple: the next row writes there */
+            if (c->dtype == MFT_F32) MFT__STORE(to + j, MFT__LOAD((const float *)(const void *)from + j));
+            else                     MFT__STORE(to + j, MFT__LOAD_BF16((const uint16_t *)(const void *)from + j));
+        }
+        if (++*at == c->pieces) { *at = 0; c->rows--; c->from += c->from_row; c->to += c->to_row; }
+    }
+}
+
+/* tile[i][lane] (+)= sum_p s(i, p) v[p][lane] over h rows and nv vectors, all constants once inlined: h nv
+ * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). Four steps at a time: what
+ * counts and adds to pointers takes the ports of multiply-adds (with AVX2 a tenth of the time). raw: v is read there
+ * and packed. */
+MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline
+void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, const mft__gemm_strip *x, float *tile, const float *v, const char *raw,
+                                  mft__ahead *ahead, int64_t ask, mft__carry *carry, int64_t *at, int64_t copy)
+{
+    enum { LANES = MFT__P * MFT__W, K = 4 };
+    MFT__V       c[MFT__H][MFT__P], b[MFT__P], y;
+    const float *s = x->s;
+    float       *pack = (float *)(uintptr_t)v;
+    int64_t      cells, p, n;
+    int          i, j, q;
     MFT__UNROLL
     for (i = 0; i < h; i++) {
         MFT__UNROLL
         for (j = 0; j < nv; j++) c[i][j] = MFT__SET1(0.0f);
     }
-    for (; cells > 0; cells -= MFT__ASK_STEPS) {
+#define MFT__STEP_OF_K(q) do {                                                                                 \
+        MFT__UNROLL                                                                                            \
+        for (j = 0; j < nv; j++) {                                                                             \
+            if (!raw)                         b[j] = MFT__LOAD(v + (q) * LANES + j * MFT__W);                  \
+            else if (x->raw_dtype == MFT_F32) b[j] = MFT__LOAD((const float *)(const void *)raw + j * MFT__W); \
+            else                              b[j] = MFT__LOAD_BF16((const uint16_t *)(const void *)raw + j * MFT__W); \
+            if (raw) MFT__STORE(pack + (q) * LANES + j * MFT__W, b[j]);                                        \
+        }                                                                                                      \
+        if (raw) raw += x->raw_step;                                                                           \
+        MFT__UNROLL                                                                                            \
+        for (i = 0; i < h; i++) {                                                                              \
+            y = MFT__SET1(s[i * s_i + (q) * s_p]);                                                             \
+            MFT__UNROLL                                                                                        \
+            for (j = 0; j < nv; j++) c[i][j] = MFT__STEP(y, b[j], c[i][j]);                                    \
+        } } while (0)
+    for (cells = x->cells; cells > 0; cells -= MFT__ASK_STEPS) {
         mft__ask(ahead, ask);
-        for (p = mft__min64(cells, MFT__ASK_STEPS); p > 0; p--, s += s_p, v += v_step) {
+        MFT__GLUE(MFT__STRIP, _carry)(carry, at, copy);
+        n = mft__min64(cells, MFT__ASK_STEPS);
+        for (p = n / K; p > 0; p--, s += K * s_p, v += K * LANES, pack += K * LANES) {
             MFT__UNROLL
-            for (j = 0; j < nv; j++) b[j] = MFT__LOAD(v + j * MFT__W);
-            MFT__UNROLL
-            for (i = 0; i < h; i++) {
-                x = MFT__SET1(s[i * s_i]);
-                MFT__UNROLL
-                for (j = 0; j < nv; j++) c[i][j] = MFT__STEP(x, b[j], c[i][j]);
-            }
+            for (q = 0; q < K; q++) MFT__STEP_OF_K(q);
         }
+        for (p = n % K; p > 0; p--, s += s_p, v += LANES, pack += LANES) MFT__STEP_OF_K(0);
     }
+#undef MFT__STEP_OF_K
     MFT__UNROLL
     for (i = 0; i < h; i++) {
         MFT__UNROLL
         for (j = 0; j < nv; j++) {
-            float *t = tile + i * ld + j * MFT__W;
-            if (add) c[i][j] += MFT__LOAD(t);
+            float *t = tile + i * x->ld + j * MFT__W;
+            if (x->add) c[i][j] += MFT__LOAD(t);
             MFT__STORE(t, c[i][j]);
         }
     }
@@ -7132,18 +7238,24 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 {
     enum { LANES = MFT__P * MFT__W };
     mft__ahead ahead[2];
-    int64_t    l, ask = mft__lines(x, ahead, ((x->lanes - 1) / LANES + 1) * ((x->cells - 1) / MFT__ASK_STEPS + 1));
-#define MFT__TILE(h, nv) do {                                                                                                                  \
-        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells, ahead, ask);  \
-        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x->tile + l, x->ld, x->add, x->s, v, x->v_step, x->cells, ahead, ask); } while (0)
+    mft__carry carry = x->carry;
+    int64_t    l, at = 0, times = ((x->lanes - 1) / LANES + 1) * ((x->cells - 1) / MFT__ASK_STEPS + 1), ask = mft__lines(x, ahead, times);
+    int64_t    copy = (carry.rows * carry.pieces + times - 1) / times;
+#define MFT__TILE_OF(h, nv, raw) do {                                                                                                            \
+        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x, x->tile + l, v, raw, ahead, ask, &carry, &at, copy);            \
+        else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x, x->tile + l, v, raw, ahead, ask, &carry, &at, copy); } while (0)
+#define MFT__TILE(h) do {                                                                                                                        \
+        if (x->raw)                         MFT__TILE_OF(h, MFT__P, x->raw + l * (x->raw_dtype == MFT_F32 ? 4 : 2));                          \
+        else if (x->lanes - l <= MFT__W)    MFT__TILE_OF(h, 1, NULL);                                                                         \
+        else                                MFT__TILE_OF(h, MFT__P, NULL); } while (0)
     for (l = 0; l < x->lanes; l += LANES) {
         const float *v = x->v + l / LANES * x->v_panel;
-        int          narrow = x->lanes - l <= MFT__W;
-        if      (x->h > 2 * MFT__H / 3) { if (narrow) MFT__TILE(MFT__H, 1);         else MFT__TILE(MFT__H, MFT__P); }
-        else if (x->h > MFT__H / 3)     { if (narrow) MFT__TILE(2 * MFT__H / 3, 1); else MFT__TILE(2 * MFT__H / 3, MFT__P); }
-        else                            { if (narrow) MFT__TILE(MFT__H / 3, 1);     else MFT__TILE(MFT__H / 3, MFT__P); }
+        if      (x->h > 2 * MFT__H / 3) MFT__TILE(MFT__H);
+        else if (x->h > MFT__H / 3)     MFT__TILE(2 * MFT__H / 3);
+        else                            MFT__TILE(MFT__H / 3);
     }
 #undef MFT__TILE
+#undef MFT__TILE_OF
 }
 
 #undef MFT__STRIP

@@ -25,6 +25,7 @@ typedef struct bench {
     mft_context *ctx;
     int          json, rows;                /* rows: lines printed so far */
     double       peak, bandwidth;           /* GFLOPS, GB/s */
+    double       beside;                    /* the peak while the next line was measured; 0: not measured with it */
     float        sink;                      /* where results go that nobody reads */
 } bench;
 
@@ -38,8 +39,8 @@ static double bench_now(void)
     return (double)t.tv_sec + 1e-6 * (double)t.tv_usec;
 }
 
-/* Batches long enough for the clock; the best of them. */
-#define BENCH_BEST(seconds, CALL) do {                                                                         \
+/* Batches long enough for the clock, by turns with something else; the best of them. */
+#define BENCH_BEST_BESIDE(seconds, CALL, ELSE) do {                                                            \
         double bench_start = bench_now(), bench_t = 0;                                                         \
         int    bench_n = 1, bench_i, bench_r;                                                                  \
         seconds = 1e9;                                                                                         \
@@ -49,29 +50,32 @@ static double bench_now(void)
             bench_t = bench_now() - bench_t;                                                                   \
             if (bench_t < 1e-4) { bench_n *= 4; continue; }                                                    \
             if (bench_t / bench_n < seconds) seconds = bench_t / bench_n;                                      \
+            ELSE;                                                                                              \
         } } while (0)
+#define BENCH_BEST(seconds, CALL) BENCH_BEST_BESIDE(seconds, CALL, (void)0)
 
 /* ==============================================================================
  * MARK: - [MACHINE]
  * ============================================================================== */
 
 /* ---- the peak: chains of multiply-adds, enough of them to fill every unit ---- */
-enum { BENCH_CHAINS = 20, BENCH_STEPS = 200000 };
+enum { BENCH_STEPS = 200000 };
 
-#define BENCH_PEAK(NAME, TARGET, V, SET1, FMA)                                                                 \
+/* CHAINS: all that registers hold besides two constants; fewer would wait for themselves, more for memory */
+#define BENCH_PEAK(NAME, TARGET, V, CHAINS, SET1, FMA)                                                         \
     TARGET static float bench_fma_##NAME(void)                                                                 \
     {                                                                                                          \
-        V c[BENCH_CHAINS], a = SET1(0.999f), b = SET1(0.001f);                                                 \
+        V c[CHAINS], a = SET1(0.999f), b = SET1(0.001f);                                                       \
         float s = 0, lanes[sizeof(V) / sizeof(float)];                                                         \
         int i, r;                                                                                              \
         BENCH_UNROLL                                                                                           \
-        for (i = 0; i < BENCH_CHAINS; i++) c[i] = SET1((float)i);                                              \
+        for (i = 0; i < CHAINS; i++) c[i] = SET1((float)i);                                                    \
         for (r = 0; r < BENCH_STEPS; r++) {                                                                    \
             BENCH_UNROLL                                                                                       \
-            for (i = 0; i < BENCH_CHAINS; i++) c[i] = FMA(c[i], a, b);                                         \
+            for (i = 0; i < CHAINS; i++) c[i] = FMA(c[i], a, b);                                               \
         }                                                                                                      \
         BENCH_UNROLL                                                                                           \
-        for (i = 0; i < BENCH_CHAINS; i++) { memcpy(lanes, &c[i], sizeof lanes); s += lanes[0]; }              \
+        for (i = 0; i < CHAINS; i++) { memcpy(lanes, &c[i], sizeof lanes); s += lanes[0]; }                    \
         return s;                                                                                              \
     }
 #ifdef __clang__
@@ -80,32 +84,32 @@ enum { BENCH_CHAINS = 20, BENCH_STEPS = 200000 };
 #  define BENCH_UNROLL _Pragma("GCC unroll 20")
 #endif
 #ifdef MFT__HAVE_AVX2
-BENCH_PEAK(avx2, __attribute__((target("avx2,fma"))), __m256, _mm256_set1_ps, _mm256_fmadd_ps)
+BENCH_PEAK(avx2, __attribute__((target("avx2,fma"))), __m256, 12, _mm256_set1_ps, _mm256_fmadd_ps)
 #endif
 #ifdef MFT__HAVE_AVX512
-BENCH_PEAK(avx512, __attribute__((target("avx512f"))), __m512, _mm512_set1_ps, _mm512_fmadd_ps)
+BENCH_PEAK(avx512, __attribute__((target("avx512f"))), __m512, 20, _mm512_set1_ps, _mm512_fmadd_ps)
 #endif
 #ifdef MFT__HAVE_NEON
 static float32x4_t bench_neon_fma(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
-BENCH_PEAK(neon, , float32x4_t, vdupq_n_f32, bench_neon_fma)
+BENCH_PEAK(neon, , float32x4_t, 20, vdupq_n_f32, bench_neon_fma)
 #endif
 static mft__v_portable bench_portable_fma(mft__v_portable a, mft__v_portable b, mft__v_portable c) { return a * b + c; }
-BENCH_PEAK(portable, , mft__v_portable, mft__set1_portable, bench_portable_fma)
+BENCH_PEAK(portable, , mft__v_portable, 12, mft__set1_portable, bench_portable_fma)
 
-typedef struct bench_chain { float (*run)(void); int lanes; } bench_chain;
+typedef struct bench_chain { float (*run)(void); int lanes, chains; } bench_chain;
 
 static bench_chain bench_chain_of(const char *row)
 {
-    bench_chain c = { bench_fma_portable, 4 };
+    bench_chain c = { bench_fma_portable, 4, 12 };
     (void)row;
 #ifdef MFT__HAVE_NEON
-    if (strncmp(row, "neon", 4) == 0) c.run = bench_fma_neon;
+    if (strncmp(row, "neon", 4) == 0) { c.run = bench_fma_neon; c.chains = 20; }
 #endif
 #ifdef MFT__HAVE_AVX2
     if (strcmp(row, "avx2") == 0) { c.run = bench_fma_avx2; c.lanes = 8; }
 #endif
 #ifdef MFT__HAVE_AVX512
-    if (strncmp(row, "avx512", 6) == 0 || strcmp(row, "amx") == 0) { c.run = bench_fma_avx512; c.lanes = 16; }
+    if (strncmp(row, "avx512", 6) == 0 || strcmp(row, "amx") == 0) { c.run = bench_fma_avx512; c.lanes = 16; c.chains = 20; }
 #endif
     return c;
 }
@@ -117,6 +121,20 @@ static void bench_peak_run(void *arg, int64_t begin, int64_t end, int worker)
     for (; begin < end; begin++) s += ((bench_chain *)arg)->run();
     if (s == 12345.0f) printf(" ");
 }
+
+/* Multiply-adds for a millisecond, on all threads: GFLOPS */
+static double bench_peak(mft_context *ctx)
+{
+    bench_chain chain = bench_chain_of(mft_kernels_name(ctx));
+    int         tasks = ctx->n_threads;
+    double      start = bench_now();
+    mft__parallel(ctx, tasks, 1, bench_peak_run, &chain);
+    return 2.0 * chain.chains * BENCH_STEPS * chain.lanes * tasks / (bench_now() - start) * 1e-9;
+}
+
+/* As BENCH_BEST, and the machine's peak between the batches: it differs from second to second with the clock and the
+ * neighbours, so a line's share is of the best of both in the same quarter of a second. */
+#define BENCH_SHARE(b, seconds, CALL) BENCH_BEST_BESIDE(seconds, CALL, { double bench_p = bench_peak((b)->ctx); if (bench_p > (b)->beside) (b)->beside = bench_p; })
 
 typedef struct bench_read { bench *b; const float *x, *y; } bench_read;
 static void bench_read_run(void *arg, int64_t begin, int64_t end, int worker)
@@ -130,26 +148,29 @@ static void bench_read_run(void *arg, int64_t begin, int64_t end, int worker)
 /* ---- one line of the table: flops 0 for what memory limits, -1 for what lies in the cache ---- */
 static void bench_line(bench *b, const char *what, double seconds, double flops, double bytes)
 {
-    double gflops = flops > 0 ? flops / seconds * 1e-9 : 0, gbs = bytes / seconds * 1e-9;
-    if (b->json) printf("%s{\"what\":\"%s\",\"seconds\":%.9g,\"gflops\":%.4g,\"gb_per_s\":%.4g}", b->rows ? "," : "", what, seconds, gflops, gbs);
-    else if (flops > 0) printf("%-44s %10.1f us %8.1f GFLOPS %5.0f %% of peak\n", what, seconds * 1e6, gflops, 100 * gflops / b->peak);
+    double gflops = flops > 0 ? flops / seconds * 1e-9 : 0, gbs = bytes / seconds * 1e-9, peak = b->beside > 0 ? b->beside : b->peak;
+    if (b->json) {
+        printf("%s{\"what\":\"%s\",\"seconds\":%.9g,\"gflops\":%.4g,\"gb_per_s\":%.4g", b->rows ? "," : "", what, seconds, gflops, gbs);
+        if (flops > 0) printf(",\"peak_gflops\":%.4g", peak);
+        printf("}");
+    }
+    else if (flops > 0) printf("%-44s %10.1f us %8.1f GFLOPS %5.0f %% of %.1f\n", what, seconds * 1e6, gflops, 100 * gflops / peak, peak);
     else if (flops < 0) printf("%-44s %10.1f us %8.1f GB/s\n", what, seconds * 1e6, gbs);
     else                printf("%-44s %10.1f us %8.1f GB/s   %5.0f %% of bandwidth\n", what, seconds * 1e6, gbs, 100 * gbs / b->bandwidth);
     fflush(stdout);
     b->rows++;
+    b->beside = 0;
 }
 
 /* Peak and bandwidth of this context's row and threads. 0: no memory. */
 static int bench_machine(bench *b)
 {
-    bench_chain chain = bench_chain_of(mft_kernels_name(b->ctx));
     bench_read  r;
-    int64_t     n = (int64_t)16 << 20, tasks = b->ctx->n_threads;
+    int64_t     n = (int64_t)16 << 20;
     float      *memory = (float *)malloc(sizeof(float) * 2 * (size_t)n);
     double      s;
     if (!memory) return 0;
-    BENCH_BEST(s, mft__parallel(b->ctx, tasks, 1, bench_peak_run, &chain));
-    b->peak = 2.0 * BENCH_CHAINS * BENCH_STEPS * chain.lanes * (double)tasks / s * 1e-9;
+    BENCH_BEST(s, { double p = bench_peak(b->ctx); if (p > b->peak) b->peak = p; });
     memset(memory, 1, sizeof(float) * 2 * (size_t)n);
     r.b = b; r.x = memory; r.y = memory + n;
     BENCH_BEST(s, mft__parallel(b->ctx, n, 65536, bench_read_run, &r));
@@ -181,7 +202,7 @@ static int bench_product(bench *b, const char *name, int64_t m, int64_t n, int64
         memset(w, 0x11, wbytes);
         a.data = x; a.dtype = MFT_F32; a.row_stride = trans == 2 ? 1 : k; a.col_stride = trans == 2 ? m : 1;
         y.data = w; y.dtype = dtype;   y.row_stride = trans == 1 ? 1 : n; y.col_stride = trans == 1 ? k : 1;
-        BENCH_BEST(seconds, ok &= mft__gemm(b->ctx, m, n, k, 1, a, y, NULL, 0, c, n));
+        BENCH_SHARE(b, seconds, ok &= mft__gemm(b->ctx, m, n, k, 1, a, y, NULL, 0, c, n));
         snprintf(what, sizeof what, "%s %lldx%lldx%lld %s", name, (long long)m, (long long)n, (long long)k, mft_dtype_name(dtype));
         if (ok) bench_line(b, what, seconds, m > 4 ? 2.0 * (double)m * (double)n * (double)k : 0, (double)wbytes);
     }
@@ -215,12 +236,27 @@ static int bench_vectors(bench *b)
     return 1;
 }
 
+/* Of the three models' widest and narrowest matrices, at a short row of tokens and at a long one: forward, backward to the
+ * inputs, and what full fine-tuning adds. GPT-2 stores its weights [in, out]. */
+static int bench_products(bench *b)
+{
+    int64_t t;
+    int     ok = 1;
+    for (t = 128; ok && t <= 1024; t *= 8)
+        ok = bench_product(b, "x w^T",  t, 4864, 896,  1, MFT_F32)  && bench_product(b, "x w^T",  t, 4864, 896,  1, MFT_BF16)
+          && bench_product(b, "x w^T",  t, 896, 4864,  1, MFT_BF16) && bench_product(b, "x w^T",  t, 1024, 640,  1, MFT_BF16)
+          && bench_product(b, "x w^T",  t, 256, 640,   1, MFT_BF16) && bench_product(b, "x w",    t, 2304, 768,  0, MFT_F32)
+          && bench_product(b, "x w",    t, 768, 3072,  0, MFT_F32)
+          && bench_product(b, "dy w",   t, 896, 4864,  0, MFT_F32)  && bench_product(b, "dy w",   t, 896, 4864,  0, MFT_BF16)
+          && bench_product(b, "dy w",   t, 640, 1024,  0, MFT_BF16) && bench_product(b, "dy w^T", t, 768, 3072,  1, MFT_F32)
+          && bench_product(b, "x^T dy", 768, 3072, t,  2, MFT_F32)  && bench_product(b, "dy^T x", 4864, 896, t,  2, MFT_F32);
+    return ok;
+}
+
 static int bench_kernels(bench *b)
 {
-    return bench_product(b, "x w^T",  128, 4864, 896,  1, MFT_F32)  && bench_product(b, "x w^T",  128, 4864, 896,  1, MFT_BF16)
+    return bench_products(b)
         && bench_product(b, "x w^T",  128, 4864, 896,  1, MFT_Q8_0) && bench_product(b, "x w^T",  128, 4864, 896,  1, MFT_Q4_0)
-        && bench_product(b, "x w^T",  1024, 896, 4864, 1, MFT_BF16) && bench_product(b, "x w",    128, 2304, 768,  0, MFT_F32)
-        && bench_product(b, "dy w",   128, 896, 4864,  0, MFT_BF16) && bench_product(b, "dy^T x", 768, 3072, 1024, 2, MFT_F32)
         && bench_product(b, "LoRA x a^T", 128, 8, 896, 1, MFT_F32)  && bench_product(b, "LoRA h b^T", 128, 896, 8, 1, MFT_F32)
         && bench_product(b, "LoRA dh^T x", 8, 896, 128, 2, MFT_F32)
         && bench_product(b, "decode w x", 1, 151936, 896, 1, MFT_BF16) && bench_product(b, "decode w x", 1, 151936, 896, 1, MFT_Q8_0)
@@ -250,7 +286,7 @@ static mft_tensor *bench_input(bench *b, mft_dtype dtype, int trainable, int ndi
 /* Forward, then with it the backward pass of its sum; flops and bytes of both together, as in bench_line. */
 #define BENCH_OP(what, flops, bytes, CALL) do {                                                                \
         double bench_s;                                                                                        \
-        BENCH_BEST(bench_s, {                                                                                  \
+        BENCH_SHARE(b, bench_s, {                                                                                  \
             mft_tensor *bench_y = CALL;                                                                        \
             if (bench_y && mft_tensor_numel(bench_y) > 1) bench_y = mft_sum(b->ctx, bench_y);                  \
             ok &= mft_backward(b->ctx, bench_y) == MFT_OK;                                                     \
