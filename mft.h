@@ -1821,7 +1821,7 @@ typedef struct mft__gemm_job {
     int64_t      ldc;
     int          swapped, add;
     mft__tail    tail;                             /* k 0: none; rows of b end on whole vectors */
-    float       *packed;                           /* the block of v in panels                 */
+    float       *packed;                           /* the block of v in panels, or v in digits */
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
     size_t       scratch_bytes;
 } mft__gemm_job;
@@ -1856,10 +1856,15 @@ typedef struct mft__gemm_strip {
     int64_t      raw_step;                         /* bytes from one k to the next             */
 } mft__gemm_strip;
 
+/* 32 numbers of two lanes as bytes, step[lane] times (d[0] + d[1] / 254 + d[2] / 254^2), in eighths by turns of the lanes:
+ * see mft__digits. The pair that has no such form is zeros, its first step NaN. */
+typedef struct mft__digit_pair { int8_t d[3][4][2][8]; float step[4]; } mft__digit_pair;
+
 enum { MFT__KC      = 256,                         /* k goes in blocks: a strip of s stays in the first cache */
        MFT__STRIDE  = MFT__KC + 16,                /* no power of two: rows of a strip share no cache set */
        MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
+       MFT__PAIRS   = 8,                           /* of lanes in digits, block by block       */
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
        MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
        MFT__ASK_STEPS = 16,                        /* steps of k between two askings ahead     */
@@ -1875,6 +1880,8 @@ typedef struct mft__gemm_row {
     int       max_products;                        /* of bf16 terms, for which this is faster than floats; 0: one term only */
     void    (*strip)(const mft__gemm_strip *x);
     mft__task pack, tiles, columns, dots, sums, thin;      /* of a mft__gemm_job, see mft__gemm */
+    mft__task digits;                              /* NULL, or packs pairs of lanes: then dots multiplies any number of
+                                                      them by quantised rows faster than tiles do */
 } mft__gemm_row;
 
 /* Copies what a strip is to ask for; returns how many lines each time, if there are so many times. */
@@ -2013,12 +2020,14 @@ typedef struct mft__kernels {
 #    define MFT__NEON_BF16_ASM
 #    define MFT__HAVE_NEON_DOT
 #    define MFT__NEON_DOT_TARGET __attribute__((target("dotprod")))
+#    define MFT__NEON_I8MM_TARGET __attribute__((target("i8mm")))
 #  elif !defined(__clang__) && __GNUC__ >= 10
 #    define MFT__HAVE_NEON_BF16
 #    define MFT__NEON_BF16_TARGET
 #    define MFT__NEON_BF16_ASM ".arch_extension bf16\n\t"
 #    define MFT__HAVE_NEON_DOT
 #    define MFT__NEON_DOT_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#    define MFT__NEON_I8MM_TARGET __attribute__((target("arch=armv8.2-a+i8mm")))
 #  endif
 #  if defined(__linux__)
 #    include <sys/auxv.h>
@@ -2369,6 +2378,17 @@ MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
 #ifdef MFT__HAVE_NEON_DOT
 static int mft__usable_neon_dot(void) { return mft__arm_has(16, 20, "hw.optional.arm.FEAT_DotProd"); }      /* AT_HWCAP, HWCAP_ASIMDDP */
 static int mft__usable_neon_bf16_dot(void) { return mft__usable_neon_bf16() && mft__usable_neon_dot(); }
+static int mft__usable_neon_i8mm(void) { return mft__usable_neon_dot() && mft__arm_has(26, 13, "hw.optional.arm.FEAT_I8MM"); }       /* AT_HWCAP2, HWCAP2_I8MM */
+static int mft__usable_neon_bf16_i8mm(void) { return mft__usable_neon_bf16() && mft__usable_neon_i8mm(); }
+
+/* The 32 integers of a quantised block of `size` bytes. */
+static inline void mft__bytes_neon(int8x16_t *lo, int8x16_t *hi, const uint8_t *p, int64_t size)
+{
+    uint8x16_t u = vld1q_u8(p + 2);
+    if (size == 34) { *lo = vreinterpretq_s8_u8(u); *hi = vreinterpretq_s8_u8(vld1q_u8(p + 18)); return; }
+    *lo = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(u, vdupq_n_u8(15))), vdupq_n_s8(8));
+    *hi = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(u, 4)), vdupq_n_s8(8));
+}
 
 /* four sums of four products of bytes each */
 MFT__NEON_DOT_TARGET static inline int32x4_t mft__sdot(int32x4_t c, int8x16_t a, int8x16_t b)
@@ -2426,12 +2446,7 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
                     float     scale = mft__f16_to_float((uint16_t)(p[0] | p[1] << 8)) * digits[b].step;
                     int       k;
                     __builtin_prefetch(p + 1024, 0, 3);
-                    if (size == 34) { lo = vreinterpretq_s8_u8(vld1q_u8(p + 2)); hi = vreinterpretq_s8_u8(vld1q_u8(p + 18)); }
-                    else {
-                        uint8x16_t u = vld1q_u8(p + 2);
-                        lo = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(u, vdupq_n_u8(15))), vdupq_n_s8(8));
-                        hi = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(u, 4)), vdupq_n_s8(8));
-                    }
+                    mft__bytes_neon(&lo, &hi, p, size);
                     for (k = 0; k < 3; k++) c[k] = mft__sdot(mft__sdot(vdupq_n_s32(0), lo, vld1q_s8(digits[b].d[k])), hi, vld1q_s8(digits[b].d[k] + 16));
                     t = vfmaq_n_f32(vcvtq_f32_s32(c[0]), vcvtq_f32_s32(c[1]), 1.0f / 254);
                     t = vfmaq_n_f32(t, vcvtq_f32_s32(c[2]), 1.0f / 64516);
@@ -2449,10 +2464,125 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
         }
     }
 }
+
+/* Sums of 2 x 2: c += a (2 x 8) b^T (2 x 8), bytes. */
+MFT__NEON_I8MM_TARGET static inline int32x4_t mft__smmla(int32x4_t c, int8x16_t a, int8x16_t b)
+{
+    __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(c) : "w"(a), "w"(b));
+    return c;
+}
+
+/* Pairs of lanes lie MFT__PAIRS by MFT__PAIRS, among those block by block of k. */
+static mft__digit_pair *mft__digits_at(const mft__gemm_job *g, int64_t pair, int64_t block)
+{
+    int64_t first = pair / MFT__PAIRS * MFT__PAIRS, n = mft__min64((g->v_count + 1) / 2 - first, MFT__PAIRS);
+    return (mft__digit_pair *)(void *)g->packed + first * ((g->k + 31) / 32) + block * n + (pair - first);
+}
+
+static void mft__gemm_digits(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t      blocks = (g->k + 31) / 32, b, lane;
+    mft__digits  one;
+    int          ok, i, j, l;
+    (void)worker;
+    for (; begin < end; begin++) {
+        for (b = 0, ok = 1; b < blocks && ok; b++) {
+            mft__digit_pair *y = mft__digits_at(g, begin, b);
+            for (l = 0; l < 2 && ok; l++) {
+                memset(&one, 0, sizeof one);
+                lane = 2 * begin + l;
+                if (lane < g->v_count) ok = mft__digits_of(&one, (const float *)g->v.data + lane * g->v.row_stride + b * 32, mft__min64(g->k - b * 32, 32));
+                for (i = 0; i < 3; i++) for (j = 0; j < 4; j++) memcpy(y->d[i][j][l], one.d[i] + 8 * j, 8);
+                y->step[l] = y->step[l + 2] = one.step;
+            }
+        }
+        if (ok) continue;
+        for (b = 0; b < blocks; b++) memset(mft__digits_at(g, begin, b), 0, sizeof(mft__digit_pair));
+        mft__digits_at(g, begin, 0)->step[0] = NAN;
+    }
+}
+
+/* Up to 4 rows against up to MFT__PAIRS pairs of lanes. The first two digits' sums are below 2^27 together: one
+ * conversion for both. */
+MFT__NEON_I8MM_TARGET static void mft__digits_tile(const mft__gemm_job *g, int64_t row, int64_t rows, int64_t pair)
+{
+    const mft__digit_pair *d = mft__digits_at(g, pair, 0), *first = d;
+    int64_t        blocks = (g->k + 31) / 32, size = g->s.dtype == MFT_Q8_0 ? 34 : 18, n = mft__min64((g->v_count + 1) / 2 - pair, MFT__PAIRS), b, q;
+    const uint8_t *p[4];
+    float32x4_t    sums[MFT__PAIRS][2], scale[2], t;
+    int8x16_t      w[2][4], lo[4], hi[4];
+    int            r, l, i, j;
+    for (q = 0; q < n; q++) sums[q][0] = sums[q][1] = vdupq_n_f32(0);
+    for (r = 0; r < 4; r++) p[r] = (const uint8_t *)g->s.data + mft_dtype_bytes(g->s.dtype, (row + mft__min64(r, rows - 1)) * g->s.row_stride);
+    for (b = 0; b < blocks; b++, d += n) {
+        uint16_t h[4];
+        for (r = 0; r < 4; r++) {
+            memcpy(&h[r], p[r], sizeof h[r]);
+            mft__bytes_neon(&lo[r], &hi[r], p[r], size);
+            p[r] += size;
+        }
+        t = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(h))), 1.0f / 254);
+        scale[0] = vzip1q_f32(t, t); scale[1] = vzip2q_f32(t, t);
+        for (r = 0; r < 2; r++) {
+            int64x2_t a = vreinterpretq_s64_s8(lo[2 * r]), c = vreinterpretq_s64_s8(lo[2 * r + 1]);
+            w[r][0] = vreinterpretq_s8_s64(vzip1q_s64(a, c)); w[r][1] = vreinterpretq_s8_s64(vzip2q_s64(a, c));
+            a = vreinterpretq_s64_s8(hi[2 * r]); c = vreinterpretq_s64_s8(hi[2 * r + 1]);
+            w[r][2] = vreinterpretq_s8_s64(vzip1q_s64(a, c)); w[r][3] = vreinterpretq_s8_s64(vzip2q_s64(a, c));
+        }
+        for (q = 0; q < n; q++) {
+            int32x4_t   c[2][3];
+            float32x4_t step = vld1q_f32(d[q].step);
+            MFT__UNROLL
+            for (i = 0; i < 3; i++) {
+                c[0][i] = c[1][i] = vdupq_n_s32(0);
+                MFT__UNROLL
+                for (j = 0; j < 4; j++) {
+                    int8x16_t x = vld1q_s8(d[q].d[i][j][0]);
+                    c[0][i] = mft__smmla(c[0][i], w[0][j], x);
+                    c[1][i] = mft__smmla(c[1][i], w[1][j], x);
+                }
+            }
+            MFT__UNROLL
+            for (r = 0; r < 2; r++) {
+                t = vfmaq_n_f32(vcvtq_f32_s32(vmlaq_n_s32(c[r][1], c[r][0], 254)), vcvtq_f32_s32(c[r][2]), 1.0f / 254);
+                sums[q][r] = vfmaq_f32(sums[q][r], t, vmulq_f32(scale[r], step));
+            }
+        }
+    }
+    for (q = 0; q < n; q++) for (r = 0; r < rows; r++) for (l = 0; l < 2; l++) {
+        int64_t lane = 2 * (pair + q) + l, at = row + r;
+        float   four[4], y, *c = g->c + (g->swapped ? lane * g->ldc + at : at * g->ldc + lane);
+        if (lane >= g->v_count || first[q].step[0] != first[q].step[0]) continue;
+        vst1q_f32(four, sums[q][r / 2]);
+        y = g->alpha * four[r % 2 * 2 + l];
+        if (g->add)  y += *c;
+        if (g->bias) y += g->bias[g->swapped ? at : lane];
+        *c = y;
+    }
+}
+
+/* Quantised rows against vectors in digits, any number of them (prefill, training's forward pass): for 4 rows, 2 lanes and
+ * a block 24 products of bytes and 12 operations on floats where floats take 64 multiply-adds. The error is that of
+ * neon_dot, no larger than a plain float loop's (tests/test_kernels.c). One vector, and what is not in digits, go there. */
+static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t pairs = (g->v_count + 1) / 2, q, i;
+    if (!g->packed) { mft__gemm_dots_neon_dot(arg, begin, end, worker); return; }
+    for (q = 0; q < pairs; q += MFT__PAIRS) for (i = begin; i < end; i += 4) mft__digits_tile(g, i, mft__min64(end - i, 4), q);
+    for (q = 0; q < pairs; q++) {
+        mft__gemm_job floats = *g;
+        const float  *step = mft__digits_at(g, q, 0)->step;
+        if (step[0] == step[0]) continue;
+        floats.v_begin = 2 * q; floats.v_count = mft__min64(g->v_count - 2 * q, 2);
+        mft__gemm_dots_neon(&floats, begin, end, worker);
+    }
+}
 #endif
 
 /* ---- the table ---- */
-#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row
+#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row, NULL
 #define MFT__VECTORS_OF(row) mft__to_float_##row, mft__from_float_##row,                                                          \
     mft__dot_##row, mft__axpy_##row, mft__add_##row, mft__mul_##row, mft__mul_add_##row, mft__scale_##row,                        \
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
@@ -2479,7 +2609,9 @@ static const mft__gemm_row mft__gemm_neon         = {  6,     16,   4,    1,    
 #endif
 #ifdef MFT__HAVE_NEON_DOT
 static const mft__gemm_row mft__gemm_neon_dot     = {  6,     16,   4,    1,     0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
-                                                       mft__gemm_dots_neon_dot, mft__gemm_sums_neon, mft__gemm_thin_neon };
+                                                       mft__gemm_dots_neon_dot, mft__gemm_sums_neon, mft__gemm_thin_neon, NULL };
+static const mft__gemm_row mft__gemm_neon_i8mm    = {  6,     16,   4,    1,     0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
+                                                       mft__gemm_dots_neon_i8mm, mft__gemm_sums_neon, mft__gemm_thin_neon, mft__gemm_digits };
 #endif
 #ifdef MFT__HAVE_NEON_BF16
 static const mft__gemm_row mft__gemm_neon_bf16    = {  8,     16,   4,    4,     3, mft__strip_neon_bf16,  MFT__TASKS_OF(neon)     };
@@ -2513,6 +2645,8 @@ static const mft__kernels mft__kernel_table[] = {               /* fastest first
     { "avx2",       mft__usable_avx2,         MFT__VECTORS_OF(avx2),     { &mft__gemm_avx2,     &mft__gemm_avx2       }, NULL, 0 },
 #endif
 #ifdef MFT__HAVE_NEON_DOT
+    { "neon_bf16_i8mm", mft__usable_neon_bf16_i8mm, MFT__VECTORS_OF(neon), { &mft__gemm_neon_i8mm, &mft__gemm_neon_bf16 }, &mft__gemm_neon_bf16, 0 },
+    { "neon_i8mm",  mft__usable_neon_i8mm,    MFT__VECTORS_OF(neon),     { &mft__gemm_neon_i8mm, &mft__gemm_neon_i8mm }, NULL, 0 },
     { "neon_bf16_dot", mft__usable_neon_bf16_dot, MFT__VECTORS_OF(neon), { &mft__gemm_neon_dot, &mft__gemm_neon_bf16  }, &mft__gemm_neon_bf16, 0 },
     { "neon_dot",   mft__usable_neon_dot,     MFT__VECTORS_OF(neon),     { &mft__gemm_neon_dot, &mft__gemm_neon_dot   }, NULL, 0 },
 #endif
@@ -2575,7 +2709,8 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   tiles    a block of v (all of k, up to 256 lanes) is packed by all threads together; then each task
  *            takes a group of strips of s through all of k
  *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
- *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA)
+ *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA);
+ *            with products of bytes (neon_i8mm) also any number of rows, packed as digits, by quantised weights
  *   sums     few rows in a, b lies along n: rows of b added up where they lie (decoding)
  *   thin     k is small: nothing packed, no sums but in registers (LoRA). As a product's tail it meets tiles
  *            and columns on their way out, so u b^T costs no pass over y of its own
@@ -2593,6 +2728,13 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
 
 /* So few strips that packed lanes are not worth sharing: see `columns`. */
 static int mft__gemm_few_strips(const mft__gemm_job *g) { return g->s_count <= 256; }
+
+/* Quantised rows that lie along k, enough of them to be worth v's digits: see `dots`. */
+static int mft__gemm_by_digits(const mft__gemm_job *g)
+{
+    return g->row->digits && mft__is_quantized(g->s.dtype) && g->s.col_stride == 1 && g->v.dtype == MFT_F32 && g->v.col_stride == 1
+        && g->v_count > 1 && g->s_count >= MFT__FEW;
+}
 
 /* Multiply-adds per unit of k, and what else takes the time of so many, as measured on AVX-512: to pack a vector of v
  * (to turn it), a number of s for each block of lanes, and the way out spread over k. */
@@ -2781,7 +2923,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     const mft__gemm_row *row;
     int64_t        group = 1, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all, units;
     size_t         packed = 0, tail_bytes = 0, floats, bytes;
-    int            alone, theirs, flatten = 0;
+    int            alone, theirs, digits, flatten = 0;
     char          *memory;
 
     if (m < 1 || n < 1 || k < 1) return 1;
@@ -2796,7 +2938,8 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     mft__gemm_terms(ctx->kernels, ctx->precision, &g);
     mft__gemm_terms(ctx->kernels, ctx->precision, &turned);
 
-    if      (bt.col_stride == 1 && m <= MFT__FEW && m <= n) { way = MFT__DOTS; g = turned; }
+    digits = mft__gemm_by_digits(&turned);
+    if      (digits || (bt.col_stride == 1 && m <= MFT__FEW && m <= n)) { way = MFT__DOTS; g = turned; }
     else if (a.col_stride == 1 && n <= MFT__FEW)              way = MFT__DOTS;
     else if (b.col_stride == 1 && m <= MFT__FEW_SUMS && a.dtype == MFT_F32) way = MFT__SUMS;
     else if (k <= MFT__FEW && a.col_stride == 1 && a.dtype == MFT_F32 && b.dtype == MFT_F32 && !tail) {
@@ -2818,8 +2961,9 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     case MFT__DOTS:
         flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
         group   = mft__round_up(mft__min64(1 + g.s_count / (4 * shares), 1 + 262144 / k), 4);     /* each begins its streams anew */
-        floats  = (size_t)(mft__round_up(g.v_count, 4) * 8 * row->width);
+        floats  = (size_t)(mft__round_up(mft__min64(g.v_count, MFT__FEW), 4) * 8 * row->width);
         if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
+        if (digits)  packed = mft__round64(sizeof(mft__digit_pair) * (size_t)((m + 1) / 2 * ((k + 31) / 32)));
         break;
     case MFT__SUMS:
         group  = MFT__SUMS_LANES;
@@ -2860,6 +3004,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
                 mft__gemm_flatten(ctx->kernels, front, k, &g.v, g.v_count, k);
                 g.v.data = front; g.v.dtype = MFT_F32; g.v.row_stride = k; g.v.col_stride = 1;
             }
+            if (digits) { g.packed = front; mft__gemm_run(ctx, alone, (m + 1) / 2, 1, row->digits, &g); }
             mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &g);
             break;
         case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
