@@ -1758,18 +1758,27 @@ MFT_API mft_status mft_tensor_copy(mft_context *ctx, mft_tensor *dst, const mft_
  *   Philox 2x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
  *   a key (seed) and a counter give 64 bits, without state.
  * ============================================================================== */
+enum { MFT__ROUNDS = 10 };
+static const uint32_t mft__philox_times = 0xd256d193u, mft__philox_key = 0x9e3779b9u;
+
+/* 96 bits of input into a 64-bit counter and a 32-bit key: the stream is mixed into both. Returns what is xored
+ * into the counter's upper half. */
+MFT__UNUSED static uint32_t mft__random_key(uint64_t seed, uint64_t stream, uint32_t *key)
+{
+    uint64_t mixed = (stream + 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u ^ seed * 0x94d049bb133111ebu;
+    *key = (uint32_t)(mixed >> 32) ^ (uint32_t)seed;
+    return (uint32_t)mixed;
+}
+
+/* One counter's bits; rows of [KERNEL] draw many at a time, the same ones. */
 MFT__UNUSED static uint64_t mft__random(uint64_t seed, uint64_t stream, uint64_t counter)
 {
-    /* 96 bits of input into a 64-bit counter and a 32-bit key: the stream is mixed into both */
-    uint64_t mixed = (stream + 0x9e3779b97f4a7c15u) * 0xbf58476d1ce4e5b9u ^ seed * 0x94d049bb133111ebu;
-    uint32_t x0 = (uint32_t)counter, x1 = (uint32_t)(counter >> 32) ^ (uint32_t)mixed;
-    uint32_t key = (uint32_t)(mixed >> 32) ^ (uint32_t)seed;
+    uint32_t key, x1 = mft__random_key(seed, stream, &key) ^ (uint32_t)(counter >> 32), x0 = (uint32_t)counter;
     int      round;
-    for (round = 0; round < 10; round++) {
-        uint64_t p = (uint64_t)0xd256d193u * x0;
+    for (round = 0; round < MFT__ROUNDS; round++, key += mft__philox_key) {
+        uint64_t p = (uint64_t)mft__philox_times * x0;
         x0 = (uint32_t)(p >> 32) ^ key ^ x1;
         x1 = (uint32_t)p;
-        key += 0x9e3779b9u;
     }
     return (uint64_t)x1 << 32 | x0;
 }
@@ -1802,6 +1811,16 @@ typedef struct mft__matrix { const void *data; mft_dtype dtype; int64_t row_stri
 
 /* Constants of one AdamW update, see [OPTIMIZER]. */
 typedef struct mft__adamw { float lr_over_c1, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inv_sqrt_c2, grad_scale; } mft__adamw;
+
+/* Codes of 8 bits for numbers relative to the greatest of their block, see [OPTIMIZER]. */
+enum { MFT__CODE_FIRST_KEY = 0x3380, MFT__CODE_KEYS = 0xc01 };  /* keys: the upper halves of f32 from 2^-24 to 1 */
+
+typedef struct mft__code {
+    float   value[256];                     /* of each code; signed: ascending, code 127 is 0        */
+    float   middle[256];                    /* of magnitude k and the next; the last: above all      */
+    int32_t first[MFT__CODE_KEYS];          /* magnitude nearest to the least number with this key: another's is at most one above */
+    int     is_signed;
+} mft__code;
 
 /* What else comes into a product on its way out:  scale a b,  a [m, k] f32 by rows, b [k, n] f32, k small. */
 typedef struct mft__tail { mft__matrix a, b; int64_t k; float scale; } mft__tail;
@@ -1867,6 +1886,7 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__PAIRS   = 8,                           /* of lanes in digits, block by block       */
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
        MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
+       MFT__DRAWS   = 256,                         /* random numbers of 32 bits at a time      */
        MFT__ASK_STEPS = 16,                        /* steps of k between two askings ahead     */
        MFT__COLUMN_PANELS = 12,                    /* that a task packs for itself             */
        MFT__GROUP   = 4,                           /* strips copied together where rows of s lie side by side: whole lines */
@@ -1967,18 +1987,24 @@ typedef struct mft__kernels {
     float  (*exp_sum)    (float *y, const float *x, float shift, int64_t n);                 /* y = exp(x - shift), returns sum y; y may be x */
     /* activations */
     void   (*act)          (mft__activation f, float *y, const float *x, int64_t n);                       /* y = f(x)         */
-    void   (*act_backward) (mft__activation f, float *dx, const float *dy, const float *x, int64_t n);     /* dx += dy f'(x)   */
+    void   (*act_backward) (mft__activation f, float *dx, const float *dy, const float *x, int64_t n, int add);        /* dx (+)= dy f'(x)   */
     void   (*gate)         (mft__activation f, float *y, const float *g, const float *u, int64_t n);       /* y = f(g) u       */
     void   (*gate_backward)(mft__activation f, float *dg, float *du, const float *dy,                      /* either may be NULL */
-                            const float *g, const float *u, int64_t n);                                    /* dg += dy u f'(g), du += dy f(g) */
-    /* one row of a norm; backward adds, dx dw db may be NULL */
+                            const float *g, const float *u, int64_t n, int add_g, int add_u);              /* dg (+)= dy u f'(g), du (+)= dy f(g) */
+    /* one row of a norm; backward adds into dw and db, into dx if `add`; dx dw db may be NULL */
     float  (*rms_norm)           (float *y, const float *x, const float *w, float offset, float eps, int64_t n);       /* returns r */
-    void   (*rms_norm_backward)  (float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n);
+    void   (*rms_norm_backward)  (float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n, int add);
     float  (*layer_norm)         (float *y, const float *x, const float *w, const float *b, float eps, int64_t n, float *out_mean);  /* returns r */
-    void   (*layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n);
+    void   (*layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n, int add);
     /* y[i] = x[i] c[i] - x[i+h] s[i],  y[i+h] = x[i+h] c[i] + x[i] s[i];  add: y += ; y may be x when add is 0 */
+    void   (*cos_sin)    (float *c, float *s, const float *x, int64_t n);
     void   (*rope)       (float *y, const float *x, const float *c, const float *s, int64_t h, int add);
     void   (*adamw)      (float *p, float *m, float *v, const float *g, int64_t n, const mft__adamw *k);
+    /* random draws are those of mft__random, by the number of an element in the whole: first, first + 1 .. */
+    void   (*dropout)       (float *y, const float *x, float p, uint64_t seed, uint64_t stream, int64_t first, int64_t n, int add);      /* y (+)= x keep / (1 - p) */
+    void   (*bf16_by_chance)(uint16_t *dst, const float *src, uint64_t seed, uint64_t stream, int64_t first, int64_t n);
+    void   (*code_pack)     (const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n);
+    void   (*code_unpack)   (const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n);
     mft__task attention, attention_dq, attention_dkv;      /* of a mft__attention_job             */
     const mft__gemm_row *gemm[2];                          /* by precision; [1] may be [0]        */
     const mft__gemm_row *split;                            /* f32 of several bf16 terms, or NULL  */
@@ -2039,7 +2065,10 @@ typedef struct mft__kernels {
 #define MFT__GLUE(a, b)  MFT__GLUE_(a, b)
 
 /* Any machine: four lanes, which the compiler spells in SSE2, NEON or single numbers. */
-typedef float mft__v_portable __attribute__((vector_size(16)));
+typedef float   mft__v_portable __attribute__((vector_size(16)));
+typedef int32_t mft__i_portable __attribute__((vector_size(16)));
+typedef double  mft__d_portable __attribute__((vector_size(16)));
+typedef float   mft__f_portable __attribute__((vector_size(8)));
 
 MFT__UNUSED static mft__v_portable mft__load_portable(const float *p) { mft__v_portable v; memcpy(&v, p, sizeof v); return v; }
 MFT__UNUSED static void            mft__store_portable(float *p, mft__v_portable v) { memcpy(p, &v, sizeof v); }
@@ -2048,6 +2077,29 @@ MFT__UNUSED static mft__v_portable mft__sqrt_portable(mft__v_portable v)
 {
     mft__v_portable r = { sqrtf(v[0]), sqrtf(v[1]), sqrtf(v[2]), sqrtf(v[3]) };
     return r;
+}
+MFT__UNUSED static mft__v_portable mft__least_portable(mft__v_portable a, mft__v_portable b)
+{
+    mft__i_portable less = a < b;
+    return (mft__v_portable)(((mft__i_portable)a & less) | ((mft__i_portable)b & ~less));
+}
+MFT__UNUSED static mft__v_portable mft__most_portable(mft__v_portable a, mft__v_portable b)
+{
+    mft__i_portable more = a > b;
+    return (mft__v_portable)(((mft__i_portable)a & more) | ((mft__i_portable)b & ~more));
+}
+MFT__UNUSED static mft__d_portable mft__to_double_portable(mft__v_portable v, int half)
+{
+    mft__f_portable h[2];
+    memcpy(h, &v, sizeof h);
+    return __builtin_convertvector(h[half], mft__d_portable);
+}
+MFT__UNUSED static mft__v_portable mft__gather_portable(const void *table, mft__i_portable at)
+{
+    float r[4];
+    int   i;
+    for (i = 0; i < 4; i++) memcpy(&r[i], (const float *)table + at[i], sizeof r[i]);
+    return mft__load_portable(r);
 }
 MFT__UNUSED static mft__v_portable mft__zip_lo_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[0], b[0], a[1], b[1] }; return r; }
 MFT__UNUSED static mft__v_portable mft__zip_hi_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[2], b[2], a[3], b[3] }; return r; }
@@ -2084,6 +2136,12 @@ static int mft__usable_always(void) { return 1; }
 #define MFT__SET1(x)            mft__set1_portable(x)
 #define MFT__FMA(a, b, c)       ((a) * (b) + (c))
 #define MFT__SQRT(v)            mft__sqrt_portable(v)
+#define MFT__MIN(a, b)          mft__least_portable(a, b)
+#define MFT__MAX(a, b)          mft__most_portable(a, b)
+#define MFT__WIDE_LO(v)         mft__to_double_portable(v, 0)
+#define MFT__WIDE_HI(v)         mft__to_double_portable(v, 1)
+#define MFT__MUL_LOW(a, b)      (((a) & 0xffffffffu) * ((b) & 0xffffffffu))
+#define MFT__GATHER(table, i)   mft__gather_portable(table, i)
 #define MFT__ZIP_LO(a, b)       mft__zip_lo_portable(a, b)
 #define MFT__ZIP_HI(a, b)       mft__zip_hi_portable(a, b)
 #define MFT__LOAD_F16(p)        mft__load_f16_portable(p)
@@ -2123,6 +2181,12 @@ MFT__UNUSED __attribute__((target("avx2"), always_inline)) static inline void mf
 #define MFT__SET1(x)            _mm256_set1_ps(x)
 #define MFT__FMA(a, b, c)       _mm256_fmadd_ps(a, b, c)
 #define MFT__SQRT(v)            _mm256_sqrt_ps(v)
+#define MFT__MIN(a, b)          _mm256_min_ps(a, b)
+#define MFT__MAX(a, b)          _mm256_max_ps(a, b)
+#define MFT__WIDE_LO(v)         _mm256_cvtps_pd(_mm256_castps256_ps128(v))
+#define MFT__WIDE_HI(v)         _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))
+#define MFT__MUL_LOW(a, b)      _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
+#define MFT__GATHER(table, i)   _mm256_i32gather_ps((const float *)(table), (__m256i)(i), 4)
 #define MFT__ZIP_LO(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20)
 #define MFT__ZIP_HI(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31)
 #define MFT__LOAD_F16(p)        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p)))
@@ -2163,6 +2227,13 @@ MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void
 #define MFT__SET1(x)            _mm512_set1_ps(x)
 #define MFT__FMA(a, b, c)       _mm512_fmadd_ps(a, b, c)
 #define MFT__SQRT(v)            _mm512_maskz_sqrt_ps(0xffff, v)       /* maskz: gcc 12 warns of the plain ones' undefined operand */
+#define MFT__MIN(a, b)          _mm512_maskz_min_ps(0xffff, a, b)
+#define MFT__MAX(a, b)          _mm512_maskz_max_ps(0xffff, a, b)
+#define MFT__TIMES_2_TO(q, n)   _mm512_maskz_scalef_ps(0xffff, q, n)
+#define MFT__WIDE_LO(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256(v))
+#define MFT__WIDE_HI(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 1))
+#define MFT__MUL_LOW(a, b)      _mm512_maskz_mul_epu32(0xff, (__m512i)(a), (__m512i)(b))
+#define MFT__GATHER(table, i)   _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)(i), table, 4)
 #define MFT__ZIP_LO(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b)
 #define MFT__ZIP_HI(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b)
 #define MFT__LOAD_F16(p)        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p)))
@@ -2210,6 +2281,12 @@ MFT__UNUSED static inline void mft__load_q4_neon(float32x4_t *q, const uint8_t *
 #define MFT__SET1(x)            vdupq_n_f32(x)
 #define MFT__FMA(a, b, c)       vfmaq_f32(c, a, b)
 #define MFT__SQRT(v)            vsqrtq_f32(v)
+#define MFT__MIN(a, b)          vminq_f32(a, b)
+#define MFT__MAX(a, b)          vmaxq_f32(a, b)
+#define MFT__WIDE_LO(v)         vcvt_f64_f32(vget_low_f32(v))
+#define MFT__WIDE_HI(v)         vcvt_high_f64_f32(v)
+#define MFT__MUL_LOW(a, b)      vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
+#define MFT__GATHER(table, i)   ((float32x4_t)mft__gather_portable(table, (mft__i_portable)(i)))
 #define MFT__ZIP_LO(a, b)       vzip1q_f32(a, b)
 #define MFT__ZIP_HI(a, b)       vzip2q_f32(a, b)
 #define MFT__LOAD_F16(p)        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
@@ -2588,7 +2665,8 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
     mft__act_##row, mft__act_backward_##row, mft__gate_##row, mft__gate_backward_##row,                                           \
     mft__rms_norm_##row, mft__rms_norm_backward_##row, mft__layer_norm_##row, mft__layer_norm_backward_##row,                     \
-    mft__rope_##row, mft__adamw_##row, mft__attention_##row, mft__attention_dq_##row, mft__attention_dkv_##row
+    mft__cos_sin_##row, mft__rope_##row, mft__adamw_##row, mft__dropout_##row, mft__bf16_by_chance_##row, mft__code_pack_##row, mft__code_unpack_##row, \
+    mft__attention_##row, mft__attention_dq_##row, mft__attention_dkv_##row
 
 /*                                                     height lanes width k_step products */
 static const mft__gemm_row mft__gemm_portable     = {  6,     8,    4,    1,     0, mft__strip_portable,   MFT__TASKS_OF(portable) };
@@ -3342,6 +3420,7 @@ typedef struct mft__map {
     mft__map_kind   kind;
     mft__activation f;
     float           s;
+    int             add, add2;              /* of the backward ones: into y, into y2 */
     float          *y, *y2;
     const float    *a, *b, *c;
 } mft__map;
@@ -3363,9 +3442,9 @@ static void mft__map_run(void *arg, int64_t begin, int64_t end, int worker)
     case MFT__MAP_AXPY:    m->k->axpy(y, m->s, a, n); return;
     case MFT__MAP_MUL_ADD: m->k->mul_add(y, a, b, n); return;
     case MFT__MAP_ACT:     m->k->act(m->f, y, a, n); return;
-    case MFT__MAP_ACT_BACKWARD:  m->k->act_backward(m->f, y, a, b, n); return;
+    case MFT__MAP_ACT_BACKWARD:  m->k->act_backward(m->f, y, a, b, n, m->add); return;
     case MFT__MAP_GATE:    m->k->gate(m->f, y, a, b, n); return;
-    case MFT__MAP_GATE_BACKWARD: m->k->gate_backward(m->f, y, y2, a, b, c, n); return;
+    case MFT__MAP_GATE_BACKWARD: m->k->gate_backward(m->f, y, y2, a, b, c, n, m->add, m->add2); return;
     case MFT__MAP_COPY:    memcpy(y, a, (size_t)n * sizeof *y); return;
     }
 }
@@ -3529,11 +3608,12 @@ MFT_API mft_tensor *mft_scale(mft_context *ctx, mft_tensor *x, float s)
 /* ---- activations y = f(x):  dx = dy f'(x) ---- */
 static void mft__act_op_backward(mft_context *ctx, mft__record *r)
 {
-    float   *dx = mft__grad_add(ctx, r->in[0]);
+    int      add;
+    float   *dx = mft__grad(ctx, r->in[0], &add);
     mft__map m;
     if (!dx) return;
     m = mft__map_of(ctx, MFT__MAP_ACT_BACKWARD, dx, mft__dy(r), (const float *)r->in[0]->data);
-    m.f = (mft__activation)r->i[0];
+    m.f = (mft__activation)r->i[0]; m.add = add;
     mft__map_do(ctx, &m, mft_tensor_numel(r->y));
 }
 
@@ -3575,8 +3655,8 @@ static void mft__gate_op_backward(mft_context *ctx, mft__record *r)
     mft_tensor *g = r->in[0], *u = r->in[1];
     mft__map    m = mft__map_of(ctx, MFT__MAP_GATE_BACKWARD, NULL, mft__dy(r), (const float *)g->data);
     m.c = (const float *)u->data; m.f = (mft__activation)r->i[0];
-    if (g->trainable && !(m.y  = mft__grad_add(ctx, g))) return;
-    if (u->trainable && !(m.y2 = mft__grad_add(ctx, u))) return;
+    if (g->trainable && !(m.y  = mft__grad(ctx, g, &m.add))) return;
+    if (u->trainable && !(m.y2 = mft__grad(ctx, u, &m.add2))) return;
     if (m.y && m.y == m.y2) {                                   /* both inputs are one tensor: a vector row would lose a part */
         m.y2 = NULL;
         mft__map_do(ctx, &m, mft_tensor_numel(r->y));
@@ -3662,7 +3742,7 @@ MFT_API mft_tensor *mft_softmax(mft_context *ctx, mft_tensor *x)
 }
 
 /* ---- dropout: y = x keep / (1 - p);  keep is drawn again in the backward pass ---- */
-typedef struct mft__dropout_task { float *y; const float *x; uint64_t seed, stream; float p; int add; } mft__dropout_task;
+typedef struct mft__dropout_task { const mft__kernels *k; float *y; const float *x; uint64_t seed, stream; float p; int add; } mft__dropout_task;
 
 /* The stream of one dropout call: step and place in the step. A recomputed one draws the same again. */
 static uint64_t mft__draw_stream(mft_context *ctx) { return ctx->step_index << 20 | (ctx->draw_index++ & 0xfffff); }
@@ -3670,21 +3750,14 @@ static uint64_t mft__draw_stream(mft_context *ctx) { return ctx->step_index << 2
 static void mft__dropout_run(void *arg, int64_t begin, int64_t end, int worker)
 {
     const mft__dropout_task *t = (const mft__dropout_task *)arg;
-    float    s = 1 / (1 - t->p);
-    uint32_t below = (uint32_t)((double)t->p * 4294967296.0);
-    int64_t  i;
     (void)worker;
-    for (i = begin; i < end; i++) {                             /* 64 bits are two draws */
-        uint64_t bits = mft__random(t->seed, t->stream, (uint64_t)i >> 1);
-        float    y = (uint32_t)(bits >> (i & 1) * 32) >= below ? t->x[i] * s : 0;
-        t->y[i] = t->add ? t->y[i] + y : y;
-    }
+    t->k->dropout(t->y + begin, t->x + begin, t->p, t->seed, t->stream, begin, end - begin, t->add);
 }
 
 static void mft__dropout_do(mft_context *ctx, float *y, const float *x, int64_t n, float p, uint64_t stream, int add)
 {
     mft__dropout_task t;
-    t.y = y; t.x = x; t.seed = ctx->seed; t.stream = stream; t.p = p; t.add = add;
+    t.k = ctx->kernels; t.y = y; t.x = x; t.seed = ctx->seed; t.stream = stream; t.p = p; t.add = add;
     if (MFT__RUNS(ctx)) mft__parallel(ctx, n, 4096, mft__dropout_run, &t);
 }
 
@@ -4156,6 +4229,7 @@ typedef struct mft__norm_rows {
     const float *x, *w, *b, *dy;
     float        offset, eps;
     int64_t      cols;
+    int          add;                       /* into dx */
 } mft__norm_rows;
 
 static void mft__norm_forward_run(void *arg, int64_t begin, int64_t end, int worker)
@@ -4187,8 +4261,8 @@ static void mft__norm_backward_run(void *arg, int64_t begin, int64_t end, int wo
     for (i = begin; i < end; i++) {
         const float *x = t->x + i * t->cols, *dy = t->dy + i * t->cols;
         float       *dx = t->dx ? t->dx + i * t->cols : NULL;
-        if (t->layer) t->k->layer_norm_backward(dx, dw, db, dy, x, t->w, t->stats[2 * i], t->stats[2 * i + 1], t->cols);
-        else          t->k->rms_norm_backward(dx, dw, dy, x, t->w, t->offset, t->stats[i], t->cols);
+        if (t->layer) t->k->layer_norm_backward(dx, dw, db, dy, x, t->w, t->stats[2 * i], t->stats[2 * i + 1], t->cols, t->add);
+        else          t->k->rms_norm_backward(dx, dw, dy, x, t->w, t->offset, t->stats[i], t->cols, t->add);
     }
 }
 
@@ -4213,7 +4287,7 @@ static void mft__norm_backward(mft_context *ctx, mft__record *r)
     rows = mft_tensor_numel(x) / t.cols;
     pieces = (rows + MFT__ROW_GRAIN - 1) / MFT__ROW_GRAIN;
     bytes  = (size_t)(pieces * t.cols) * sizeof(float);
-    if (x->trainable && !(t.dx = mft__grad_add(ctx, x))) return;
+    if (x->trainable && !(t.dx = mft__grad(ctx, x, &t.add))) return;
     if (w->trainable && !(t.dw = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
     if (b && b->trainable && !(t.db = (float *)mft__high(ctx, bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
     if (MFT__RUNS(ctx)) mft__parallel(ctx, rows, MFT__ROW_GRAIN, mft__norm_backward_run, &t);
@@ -4277,16 +4351,15 @@ typedef struct mft__rope_task {
 static void mft__rope_run(void *arg, int64_t begin, int64_t end, int worker)
 {
     const mft__rope_task *t = (const mft__rope_task *)arg;
-    int64_t seq = t->x->shape[1], heads = t->x->shape[2], d = t->x->shape[3], half = d / 2, i, h, k;
-    float   c[256], s[256];                 /* head_dim up to 512: the constructor checks */
+    int64_t seq = t->x->shape[1], heads = t->x->shape[2], d = t->x->shape[3], half = d / 2, i, h;
+    float   angle[256], c[256], s[256];     /* head_dim up to 512: the constructor checks */
     (void)worker;
     for (i = begin; i < end; i++) {
         float position = (float)(t->positions ? t->positions[i] : (int32_t)(i % seq));
-        for (k = 0; k < half; k++) {
-            float angle = position * t->inv_freq[k];            /* rounded to f32 on purpose: as Transformers has it */
-            c[k] = (float)cos((double)angle) * t->scale;
-            s[k] = (float)sin((double)angle) * (t->backward ? -t->scale : t->scale);
-        }
+        t->k->scale(angle, position, t->inv_freq, half);        /* rounded to f32 on purpose: as Transformers has it */
+        t->k->cos_sin(c, s, angle, half);
+        if (t->scale != 1) t->k->scale(c, t->scale, c, half);
+        if (t->scale != 1 || t->backward) t->k->scale(s, t->backward ? -t->scale : t->scale, s, half);
         for (h = 0; h < heads; h++) {
             float *a = t->strided + i / seq * t->x->stride[0] + i % seq * t->x->stride[1] + h * t->x->stride[2];
             float *b = t->packed + (i * heads + h) * d;
@@ -5296,41 +5369,21 @@ static void mft__update_constants(mft_context *ctx, const mft_optimizer_desc *d,
 /* ---- parameters in f32, or in bf16: as f32 for the time of an update ---- */
 enum { MFT__UPDATE_BLOCK = 256 };           /* elements that are unpacked at a time, and that share a scale */
 
-/* bf16 above or below, each with the odds that make the mean x: elements [first, first + n), first a multiple of 4 */
-static void mft__to_bf16_by_chance(uint16_t *dst, const float *src, int64_t first, int64_t n, const mft__update *u)
-{
-    uint64_t bits = 0;
-    int64_t  i;
-    for (i = 0; i < n; i++, bits >>= 16) {
-        uint32_t x = mft__float_to_bits(src[i]);
-        if (i % 4 == 0) bits = mft__random(u->seed, u->stream, (uint64_t)(first + i) / 4);
-        if ((x & 0x7f800000u) != 0x7f800000u) x += (uint32_t)bits & 0xffff;     /* infinity and NaN stay */
-        dst[i] = (uint16_t)(x >> 16);
-    }
-}
-
 /* Numbers [i, i + n) of the parameter in f32: where they are, or in `unpacked` */
-static float *mft__update_read(const mft__update *u, int64_t i, int64_t n, float *unpacked)
+static float *mft__update_read(const mft__kernels *k, const mft__update *u, int64_t i, int64_t n, float *unpacked)
 {
     if (u->p->dtype == MFT_F32) return (float *)u->p->data + i;
-    mft__to_float(unpacked, (const uint16_t *)u->p->data + i, MFT_BF16, n);
+    k->to_float(unpacked, (const uint16_t *)u->p->data + i, MFT_BF16, n);
     return unpacked;
 }
 
-static void mft__update_write(const mft__update *u, int64_t i, int64_t n, const float *unpacked)
+static void mft__update_write(const mft__kernels *k, const mft__update *u, int64_t i, int64_t n, const float *unpacked)
 {
-    if (u->p->dtype == MFT_BF16) mft__to_bf16_by_chance((uint16_t *)u->p->data + i, unpacked, u->first + i, n, u);
+    if (u->p->dtype == MFT_BF16) k->bf16_by_chance((uint16_t *)u->p->data + i, unpacked, u->seed, u->stream, u->first + i, n);
 }
 
 /* ---- 8-bit codes: magnitudes of a block relative to its greatest ---- */
-enum { MFT__CODE_SMALL = 4096, MFT__CODE_KEYS = 0xc01 };        /* keys: the upper halves of f32 from 2^-24 to 1 */
-
-typedef struct mft__code {
-    float   value[256];                     /* of each code; signed: ascending, code 127 is 0        */
-    float   middle[256];                    /* of magnitude k and the next; the last: above all      */
-    uint8_t first[MFT__CODE_KEYS];          /* magnitude nearest to the least number with this key: another's is at most one above */
-    int     is_signed;
-} mft__code;
+enum { MFT__CODE_SMALL = 4096 };
 
 /* Decade d of 0 .. 6 reaches from 10^(d-7) to 10^(d-6), in 2^d cells, or 2^(d+1) without a sign; 0 and 1 besides. */
 static void mft__code_make(mft__code *c, int is_signed)
@@ -5349,38 +5402,9 @@ static void mft__code_make(mft__code *c, int is_signed)
         if (is_signed && k < 128) c->value[127 - k] = k ? -magnitude[k] : 0;
     }
     for (key = 0, k = 0; key < MFT__CODE_KEYS; key++) {
-        while (key && c->middle[k] < mft__bits_to_float((uint32_t)(key + 0x3380) << 16)) k++;
-        c->first[key] = (uint8_t)k;
+        while (key && c->middle[k] < mft__bits_to_float((uint32_t)(key + MFT__CODE_FIRST_KEY) << 16)) k++;
+        c->first[key] = k;
     }
-}
-
-/* The nearest magnitude to a, 0 <= a <= 1. */
-static int mft__code_nearest(const mft__code *c, float a)
-{
-    uint32_t u = mft__float_to_bits(a) >> 16;
-    int      k = c->first[u <= 0x3380 ? 0 : u >= 0x3f80 ? MFT__CODE_KEYS - 1 : u - 0x3380];
-    return k + (a > c->middle[k]);
-}
-
-static void mft__code_pack(const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n)
-{
-    float   most = 0;
-    int64_t i;
-    for (i = 0; i < n; i++) if (fabsf(x[i]) > most) most = fabsf(x[i]);
-    *scale = most = most > 3.402823466e38f ? 3.402823466e38f : most;        /* a square may overflow; zero times infinity must not be */
-    for (i = 0; i < n; i++) {
-        float a = most > 0 ? fabsf(x[i]) / most : 0;
-        int   k = mft__code_nearest(c, a);
-        if (!c->is_signed) k += !k && x[i] > 0;
-        else               k = x[i] < 0 ? 127 - (k < 127 ? k : 127) : 127 + k;
-        codes[i] = (uint8_t)k;
-    }
-}
-
-static void mft__code_unpack(const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n)
-{
-    int64_t i;
-    for (i = 0; i < n; i++) x[i] = c->value[codes[i]] * scale;
 }
 
 /* ---- AdamW ---- */
@@ -5415,18 +5439,18 @@ static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
     for (i = begin; i < end; i += n) {
         float *p, *m = unpacked[1], *v = unpacked[2];
         n = mft__min(piece, end - i);
-        p = mft__update_read(u, i, n, unpacked[0]);
+        p = mft__update_read(t->k, u, i, n, unpacked[0]);
         block = i / MFT__UPDATE_BLOCK;
         if (t->m8) {
-            mft__code_unpack(&u->codes[0], m, t->m8 + i, t->m[block], n);
-            mft__code_unpack(&u->codes[1], v, t->v8 + i, t->v[block], n);
+            t->k->code_unpack(&u->codes[0], m, t->m8 + i, t->m[block], n);
+            t->k->code_unpack(&u->codes[1], v, t->v8 + i, t->v[block], n);
         } else { m = t->m + i; v = t->v + i; }
         t->k->adamw(p, m, v, u->g + i, n, &t->c);
         if (t->m8) {
-            mft__code_pack(&u->codes[0], t->m8 + i, &t->m[block], m, n);
-            mft__code_pack(&u->codes[1], t->v8 + i, &t->v[block], v, n);
+            t->k->code_pack(&u->codes[0], t->m8 + i, &t->m[block], m, n);
+            t->k->code_pack(&u->codes[1], t->v8 + i, &t->v[block], v, n);
         }
-        mft__update_write(u, i, n, p);
+        mft__update_write(t->k, u, i, n, p);
     }
 }
 
@@ -5451,19 +5475,18 @@ static void mft__sgd_run(void *arg, int64_t begin, int64_t end, int worker)
 {
     mft__update_task  *t = (mft__update_task *)arg;
     const mft__update *u = t->u;
-    float   unpacked[MFT__UPDATE_BLOCK];
-    int64_t i, k, n;
+    float   unpacked[MFT__UPDATE_BLOCK], scaled[MFT__UPDATE_BLOCK], *g, *p;
+    int64_t i, n;
     (void)worker;
     for (i = begin; i < end; i += n) {
-        float *p;
         n = mft__min(MFT__UPDATE_BLOCK, end - i);
-        p = mft__update_read(u, i, n, unpacked);
-        for (k = 0; k < n; k++) {
-            float g = u->g[i + k] * t->c.grad_scale;
-            if (t->m) g = t->m[i + k] = t->first ? g : t->momentum * t->m[i + k] + g;
-            p[k] = p[k] * t->c.decay - t->lr * g;
-        }
-        mft__update_write(u, i, n, p);
+        g = t->m ? t->m + i : scaled;
+        p = mft__update_read(t->k, u, i, n, unpacked);
+        if (t->m && !t->first) { t->k->scale(g, t->momentum, g, n); t->k->axpy(g, t->c.grad_scale, u->g + i, n); }
+        else t->k->scale(g, t->c.grad_scale, u->g + i, n);
+        if (t->c.decay != 1) t->k->scale(p, t->c.decay, p, n);
+        t->k->axpy(p, -t->lr, g, n);
+        mft__update_write(t->k, u, i, n, p);
     }
 }
 
@@ -5860,6 +5883,8 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
  *         MFT__ROW name   MFT__TARGET attribute   MFT__V vector   MFT__W its lanes
  *         MFT__H, MFT__P  rows and vectors of a product's register tile
  *         MFT__LOAD MFT__STORE MFT__SET1 MFT__FMA(a,b,c)=ab+c MFT__SQRT MFT__ZIP_LO/HI MFT__LOAD_F16 MFT__STORE_F16
+ *         MFT__MIN MFT__MAX (where b is NaN, it)   MFT__WIDE_LO/HI: half the lanes in double
+ *         MFT__MUL_LOW(a, b): in each 64 bits the product of both lower halves   MFT__GATHER(table, i): 32 bits each
  *         MFT__LOAD_BF16   MFT__LOAD_Q8, MFT__LOAD_Q4 (V *q, const uint8_t *p): the 32 numbers of a block whose
  *         scale stands before p, without the scale (Q4_0: low nibbles first)
  *   out   static functions mft__NAME_ROW
@@ -5878,26 +5903,31 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
 typedef int32_t  MFT__FN(ints)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint32_t MFT__FN(bits)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint16_t MFT__FN(shorts) __attribute__((vector_size(2 * MFT__W)));
-typedef float    MFT__FN(half)   __attribute__((vector_size(2 * MFT__W)));     /* half a vector, and the same ..  */
-typedef double   MFT__FN(wide)   __attribute__((vector_size(4 * MFT__W)));     /* .. in double                    */
+typedef uint8_t  MFT__FN(bytes)  __attribute__((vector_size(MFT__W)));
+typedef double   MFT__FN(wide)   __attribute__((vector_size(4 * MFT__W)));     /* half as many lanes of 64 bits   */
+typedef uint64_t MFT__FN(quads)  __attribute__((vector_size(4 * MFT__W)));
+typedef float    MFT__FN(half)   __attribute__((vector_size(2 * MFT__W)));
 #define MFT__I MFT__FN(ints)
 #define MFT__D MFT__FN(wide)
+#define MFT__Q MFT__FN(quads)
 
 /* ---- loads and stores ---- */
 MFT__BODY void MFT__FN(copy_part)(float *dst, const float *src, int64_t n) { while (n-- > 0) *dst++ = *src++; }
 
 MFT__HELP MFT__V MFT__FN(in)(const float *p, int64_t left)
 {
-    float part[MFT__W] = { 0 };
-    if (left >= MFT__W) return MFT__LOAD(p);
-    MFT__FN(copy_part)(part, p, left);
-    return MFT__LOAD(part);
+    if (__builtin_expect(left >= MFT__W, 1)) return MFT__LOAD(p);
+    else {                                  /* only here: an array that is zeroed in every turn halves a loop's speed */
+        float part[MFT__W] = { 0 };
+        MFT__FN(copy_part)(part, p, left);
+        return MFT__LOAD(part);
+    }
 }
 
 MFT__HELP void MFT__FN(out)(float *p, int64_t left, MFT__V v)
 {
     float part[MFT__W];
-    if (left >= MFT__W) { MFT__STORE(p, v); return; }
+    if (__builtin_expect(left >= MFT__W, 1)) { MFT__STORE(p, v); return; }
     MFT__STORE(part, v);
     MFT__FN(copy_part)(p, part, left);
 }
@@ -5918,13 +5948,7 @@ MFT__HELP float MFT__FN(lanes_sum)(MFT__V v)
     return x[0];
 }
 
-MFT__HELP void MFT__FN(widen)(MFT__V v, MFT__D *lo, MFT__D *hi)
-{
-    MFT__FN(half) h[2];
-    memcpy(h, &v, sizeof v);
-    *lo = __builtin_convertvector(h[0], MFT__D);
-    *hi = __builtin_convertvector(h[1], MFT__D);
-}
+MFT__HELP void MFT__FN(widen)(MFT__V v, MFT__D *lo, MFT__D *hi) { *lo = (MFT__D)MFT__WIDE_LO(v); *hi = (MFT__D)MFT__WIDE_HI(v); }
 
 MFT__HELP double MFT__FN(wide_sum)(MFT__D v)
 {
@@ -5940,15 +5964,14 @@ MFT__HELP double MFT__FN(wide_sum)(MFT__D v)
  *      where nothing cancels) 2, silu 2.5 ---- */
 
 /* e^x = 2^n e^r, |r| <= ln2 / 2: at most 1.2 ulp, infinity above 88.72, subnormals down to 1.4e-45.
- * 2^n in two factors: n reaches from -150 to 129, and the last product rounds a subnormal once. */
+ * n reaches from -150 to 129: where an instruction does not take that, 2^n goes in two factors, of which the
+ * last rounds a subnormal once. */
 MFT__HELP MFT__V MFT__FN(exp)(MFT__V x)
 {
-    MFT__V one = MFT__SET1(1.0f), magic = MFT__SET1(12582912.0f), lo = MFT__SET1(-104.5f), hi = MFT__SET1(89.5f), t, r, q;
-    MFT__I n, half;
-    x = MFT__FN(select)(x < lo, lo, x);                         /* NaN compares false: it stays */
-    x = MFT__FN(select)(x > hi, hi, x);
+    MFT__V one = MFT__SET1(1.0f), magic = MFT__SET1(12582912.0f), lo = MFT__SET1(-104.5f), hi = MFT__SET1(89.5f), t, n, r, q;
+    x = MFT__MIN(hi, MFT__MAX(lo, x));                          /* NaN stays */
     t = MFT__FMA(x, MFT__SET1(1.44269504f), magic);             /* 1.5 2^23: the sum's last bits are the integer */
-    n = (MFT__I)t - (MFT__I)magic;
+    n = t;
     t = t - magic;
     r = MFT__FMA(t, MFT__SET1(-0.693359375f), x);               /* ln 2 in two parts: the first product is exact */
     r = MFT__FMA(t, MFT__SET1(2.12194440e-4f), r);
@@ -5959,8 +5982,15 @@ MFT__HELP MFT__V MFT__FN(exp)(MFT__V x)
     q = MFT__FMA(q, r, MFT__SET1(1.666666567e-1f));
     q = MFT__FMA(q, r, MFT__SET1(0.5f));
     q = MFT__FMA(r * r, q, r) + one;
-    half = n >> 1;
-    return q * (MFT__V)((half + 127) << 23) * (MFT__V)((n - half + 127) << 23);
+#ifdef MFT__TIMES_2_TO
+    (void)n;
+    return MFT__TIMES_2_TO(q, t);
+#else
+    {
+        MFT__I whole = (MFT__I)n - (MFT__I)magic, half = whole >> 1;
+        return q * (MFT__V)((half + 127) << 23) * (MFT__V)((whole - half + 127) << 23);
+    }
+#endif
 }
 
 /* an odd polynomial near zero, 1 - 2 / (e^2|x| + 1) beyond: at most 1.7 ulp */
@@ -5992,7 +6022,7 @@ MFT__HELP MFT__V MFT__FN(erf)(MFT__V x)
     q = MFT__FMA(q, z, MFT__SET1(-3.761263490e-1f));
     q = MFT__FMA(q, z, MFT__SET1(1.283791671e-1f));
     q = MFT__FMA(q, a, a);
-    p = MFT__FN(select)(a > four, four, a);
+    p = MFT__MIN(four, a);
     far = MFT__SET1(-1.983324764e-4f);
     far = MFT__FMA(far, p, MFT__SET1(3.066585632e-3f));
     far = MFT__FMA(far, p, MFT__SET1(-2.231953107e-2f));
@@ -6043,6 +6073,18 @@ MFT__HELP MFT__V MFT__FN(act1_slope)(mft__activation f, MFT__V x)
         return one - t * t;
     }
     return one;
+}
+
+/* f(x) and its slope; the two that models' gates have share their sigmoid */
+MFT__HELP MFT__V MFT__FN(act1_both)(mft__activation f, MFT__V x, MFT__V *slope)
+{
+    MFT__V one = MFT__SET1(1.0f), s, t;
+    if (f != MFT__GELU_TANH && f != MFT__SILU) { *slope = MFT__FN(act1_slope)(f, x); return MFT__FN(act1)(f, x); }
+    s = t = x;
+    if (f == MFT__GELU_TANH) { s = MFT__FN(gelu_2u)(x); t = x * MFT__FMA(x * x, MFT__SET1(0.214064448818f), MFT__SET1(1.59576912161f)); }
+    s = MFT__FN(sigmoid)(s);
+    *slope = MFT__FMA(t * s, one - s, s);
+    return x * s;
 }
 
 /* ---- storage types ---- */
@@ -6119,6 +6161,126 @@ MFT__BODY void MFT__FN(from_float)(void *dst, mft_dtype dtype, const float *src,
     mft__from_float((char *)dst + mft_dtype_bytes(dtype, i), dtype, src + i, n - i);
 }
 
+/* ---- random numbers: mft__random of many counters ---- */
+
+/* The bits of counters from `counter` on, lower half first, n of 32 bits in all; bits has room for MFT__DRAWS. Four
+ * vectors at once: a round waits for its product, 5 cycles. */
+MFT__HELP void MFT__FN(draw)(uint32_t *bits, uint64_t seed, uint64_t stream, uint64_t counter, int64_t n)
+{
+    MFT__Q   x0[4], x1[4], p, lane, none = { 0 }, times = none + mft__philox_times, low = none + 0xffffffffu;
+    uint32_t key, high = mft__random_key(seed, stream, &key), k;
+    int64_t  i;
+    int      j, round;
+    for (j = 0; j < MFT__W / 2; j++) lane[j] = (uint64_t)j;
+    for (i = 0; i < n; i += 4 * MFT__W) {
+        MFT__UNROLL
+        for (j = 0; j < 4; j++) {
+            x0[j] = lane + (counter + (uint64_t)(i / 2 + j * (MFT__W / 2)));
+            x1[j] = (x0[j] >> 32) ^ high;
+        }
+        for (round = 0, k = key; round < MFT__ROUNDS; round++, k += mft__philox_key) {
+            MFT__UNROLL
+            for (j = 0; j < 4; j++) {       /* upper halves are left to be anything: MUL_LOW does not see them */
+                p     = (MFT__Q)MFT__MUL_LOW(x0[j], times);
+                x0[j] = (p >> 32) ^ x1[j] ^ (uint64_t)k;
+                x1[j] = p;
+            }
+        }
+        MFT__UNROLL
+        for (j = 0; j < 4; j++) { p = (x0[j] & low) | x1[j] << 32; memcpy(bits + i + j * MFT__W, &p, sizeof p); }
+    }
+}
+
+/* Number i of the whole is kept if draw i is not below p. `first` is even. */
+MFT__BODY void MFT__FN(dropout)(float *y, const float *x, float p, uint64_t seed, uint64_t stream, int64_t first, int64_t n_all, int add)
+{
+    uint32_t        bits[MFT__DRAWS], below = (uint32_t)((double)p * 4294967296.0);
+    MFT__V          s = MFT__SET1(1 / (1 - p)), zero = MFT__SET1(0.0f);
+    MFT__FN(bits)   u, none = { 0 }, least = none + below;
+    int64_t         i, n;
+    for (; n_all > 0; n_all -= n, first += n, x += n, y += n) {
+        n = mft__min64(n_all, MFT__DRAWS);
+        MFT__FN(draw)(bits, seed, stream, (uint64_t)first / 2, n);
+        MFT__EACH {
+            MFT__V v;
+            memcpy(&u, bits + i, sizeof u);
+            v = MFT__FN(select)((MFT__I)(u >= least), MFT__IN(x) * s, zero);
+            if (add) v += MFT__IN(y);
+            MFT__OUT(y, v);
+        }
+    }
+}
+
+/* bf16 above or below, each with the odds that make the mean x. Number i of the whole takes 16 bits, a quarter of a
+ * counter's: `first` is a multiple of 4. */
+MFT__BODY void MFT__FN(bf16_by_chance)(uint16_t *dst, const float *src, uint64_t seed, uint64_t stream, int64_t first, int64_t n_all)
+{
+    uint32_t        bits[MFT__DRAWS];
+    MFT__FN(shorts) h;
+    MFT__FN(bits)   u, finite, none = { 0 }, infinite = none + 0x7f800000u;
+    MFT__V          x;
+    int64_t         i, n;
+    for (; n_all > 0; n_all -= n, first += n, src += n, dst += n) {
+        n = mft__min64(n_all, 2 * MFT__DRAWS);
+        MFT__FN(draw)(bits, seed, stream, (uint64_t)first / 4, (n + 1) / 2);
+        MFT__EACH {
+            x = MFT__IN(src);
+            memcpy(&h, (const char *)bits + 2 * i, sizeof h);
+            u = (MFT__FN(bits))x;
+            finite = (MFT__FN(bits))((u & infinite) != infinite);               /* infinity and NaN stay */
+            u += __builtin_convertvector(h, MFT__FN(bits)) & finite;
+            h = __builtin_convertvector(u >> 16, MFT__FN(shorts));
+            if (n - i >= MFT__W) memcpy(dst + i, &h, sizeof h);
+            else                 memcpy(dst + i, &h, sizeof *dst * (size_t)(n - i));
+        }
+    }
+}
+
+/* ---- 8-bit codes of a block of moments: see [OPTIMIZER] ---- */
+MFT__BODY void MFT__FN(code_pack)(const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n)
+{
+    MFT__V  zero = MFT__SET1(0.0f), one = MFT__SET1(1.0f), sign = MFT__SET1(-0.0f), most = zero, v, a;
+    MFT__I  none = { 0 }, k, key;
+    float   lanes[MFT__W], top = 0;
+    int64_t i;
+    MFT__FN(bytes) b;
+    MFT__EACH { a = (MFT__V)((MFT__I)MFT__IN(x) & ~(MFT__I)sign); most = MFT__FN(select)(a > most, a, most); }
+    MFT__STORE(lanes, most);
+    for (i = 0; i < MFT__W; i++) if (lanes[i] > top) top = lanes[i];
+    *scale = top = top > 3.402823466e38f ? 3.402823466e38f : top;           /* a square may overflow; zero times infinity must not be */
+    most = MFT__SET1(top > 0 ? top : 1.0f);
+    MFT__EACH {
+        v   = MFT__IN(x);
+        a   = MFT__MIN(one, (MFT__V)((MFT__I)v & ~(MFT__I)sign) / most);
+        key = ((MFT__I)a >> 16) - (int32_t)MFT__CODE_FIRST_KEY;
+        key = key & (key > 0);
+        k   = key > MFT__CODE_KEYS - 1;                                     /* NaN */
+        key = (key & ~k) | ((none + (MFT__CODE_KEYS - 1)) & k);
+        k   = (MFT__I)MFT__GATHER(c->first, key);
+        k  -= a > MFT__GATHER(c->middle, k);
+        if (c->is_signed) {
+            MFT__I less = v < zero, cut = k > 127;
+            cut = (k & ~cut) | ((none + 127) & cut);
+            k   = ((127 - cut) & less) | ((127 + k) & ~less);
+        } else k -= (k == 0) & (v > zero);
+        b = __builtin_convertvector(k, MFT__FN(bytes));
+        if (n - i >= MFT__W) memcpy(codes + i, &b, sizeof b);
+        else                 memcpy(codes + i, &b, (size_t)(n - i));
+    }
+}
+
+MFT__BODY void MFT__FN(code_unpack)(const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n)
+{
+    MFT__V  s = MFT__SET1(scale);
+    int64_t i;
+    MFT__FN(bytes) b = { 0 };
+    MFT__EACH {
+        if (n - i >= MFT__W) memcpy(&b, codes + i, sizeof b);
+        else                 memcpy(&b, codes + i, (size_t)(n - i));
+        MFT__OUT(x, MFT__GATHER(c->value, __builtin_convertvector(b, MFT__I)) * s);
+    }
+}
+
 /* ---- vectors ---- */
 MFT__BODY float MFT__FN(dot)(const float *a, const float *b, int64_t n)
 {
@@ -6177,14 +6339,17 @@ MFT__BODY double MFT__FN(sum_squares)(const float *x, int64_t n) { return MFT__F
 
 MFT__BODY float MFT__FN(max)(const float *x, int64_t n)
 {
-    MFT__V  m = MFT__SET1(x[0]), v;
+    MFT__V  m[2], v[2];
+    MFT__I  odd = { 0 };
     float   part[MFT__W], best;
     int64_t i;
-    for (i = 0; i + MFT__W <= n; i += MFT__W) {
-        v = MFT__LOAD(x + i);
-        m = MFT__FN(select)((v <= m) | (m != m), m, v);         /* a NaN comes in and stays */
+    m[0] = m[1] = MFT__SET1(x[0]);
+    for (i = 0; i + 2 * MFT__W <= n; i += 2 * MFT__W) {
+        v[0] = MFT__LOAD(x + i); v[1] = MFT__LOAD(x + i + MFT__W);
+        m[0] = MFT__MAX(v[0], m[0]); m[1] = MFT__MAX(v[1], m[1]);
+        odd |= (v[0] != v[0]) | (v[1] != v[1]);
     }
-    MFT__STORE(part, m);
+    MFT__STORE(part, MFT__FN(select)(odd, MFT__SET1(NAN), MFT__MAX(m[0], m[1])));
     best = part[0];
     for (i = i < n ? i : n; i < n; i++) if (!(x[i] <= best) && best == best) best = x[i];
     for (i = 1; i < MFT__W; i++) if (!(part[i] <= best) && best == best) best = part[i];
@@ -6223,10 +6388,11 @@ MFT__BODY void MFT__FN(act)(mft__activation f, float *y, const float *x, int64_t
 #undef MFT__LOOP
 }
 
-MFT__BODY void MFT__FN(act_backward)(mft__activation f, float *dx, const float *dy, const float *x, int64_t n)
+MFT__BODY void MFT__FN(act_backward)(mft__activation f, float *dx, const float *dy, const float *x, int64_t n, int add)
 {
     int64_t i;
-#define MFT__LOOP(F) MFT__EACH MFT__OUT(dx, MFT__FMA(MFT__IN(dy), MFT__FN(act1_slope)(F, MFT__IN(x)), MFT__IN(dx)));
+    MFT__V  zero = MFT__SET1(0.0f);
+#define MFT__LOOP(F) MFT__EACH MFT__OUT(dx, MFT__FMA(MFT__IN(dy), MFT__FN(act1_slope)(F, MFT__IN(x)), add ? MFT__IN(dx) : zero));
     MFT__EACH_ACTIVATION(MFT__LOOP)
 #undef MFT__LOOP
 }
@@ -6239,12 +6405,15 @@ MFT__BODY void MFT__FN(gate)(mft__activation f, float *y, const float *g, const 
 #undef MFT__LOOP
 }
 
-MFT__BODY void MFT__FN(gate_backward)(mft__activation f, float *dg, float *du, const float *dy, const float *g, const float *u, int64_t n)
+MFT__BODY void MFT__FN(gate_backward)(mft__activation f, float *dg, float *du, const float *dy, const float *g, const float *u, int64_t n, int add_g, int add_u)
 {
     int64_t i;
+    MFT__V  zero = MFT__SET1(0.0f), y, slope, d;
 #define MFT__LOOP(F) MFT__EACH {                                                                                          \
-        if (dg) MFT__OUT(dg, MFT__FMA(MFT__IN(dy) * MFT__IN(u), MFT__FN(act1_slope)(F, MFT__IN(g)), MFT__IN(dg)));        \
-        if (du) MFT__OUT(du, MFT__FMA(MFT__IN(dy), MFT__FN(act1)(F, MFT__IN(g)), MFT__IN(du))); }
+        y = MFT__FN(act1_both)(F, MFT__IN(g), &slope);                                                                    \
+        d = MFT__IN(dy);                                                                                                  \
+        if (dg) MFT__OUT(dg, MFT__FMA(d * MFT__IN(u), slope, add_g ? MFT__IN(dg) : zero));                                \
+        if (du) MFT__OUT(du, MFT__FMA(d, y, add_u ? MFT__IN(du) : zero)); }
     MFT__EACH_ACTIVATION(MFT__LOOP)
 #undef MFT__LOOP
 }
@@ -6259,9 +6428,9 @@ MFT__BODY float MFT__FN(rms_norm)(float *y, const float *x, const float *w, floa
     return r;
 }
 
-MFT__BODY void MFT__FN(rms_norm_backward)(float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n)
+MFT__BODY void MFT__FN(rms_norm_backward)(float *dx, float *dw, const float *dy, const float *x, const float *w, float offset, float r, int64_t n, int add)
 {
-    MFT__V  k = MFT__SET1(r), o = MFT__SET1(offset), mean;
+    MFT__V  k = MFT__SET1(r), o = MFT__SET1(offset), zero = MFT__SET1(0.0f), mean;
     MFT__D  s0 = { 0 }, s1 = { 0 }, a0, a1, b0, b1;
     int64_t i;
     MFT__EACH {
@@ -6272,7 +6441,7 @@ MFT__BODY void MFT__FN(rms_norm_backward)(float *dx, float *dw, const float *dy,
     mean = MFT__SET1((float)(MFT__FN(wide_sum)(s0 + s1) / (double)n));
     MFT__EACH {
         MFT__V h = MFT__IN(x) * k, g = MFT__IN(dy);
-        if (dx) MFT__OUT(dx, MFT__IN(dx) + k * (g * (MFT__IN(w) + o) - h * mean));
+        if (dx) MFT__OUT(dx, (add ? MFT__IN(dx) : zero) + k * (g * (MFT__IN(w) + o) - h * mean));
         if (dw) MFT__OUT(dw, MFT__FMA(g, h, MFT__IN(dw)));
     }
 }
@@ -6288,9 +6457,9 @@ MFT__BODY float MFT__FN(layer_norm)(float *y, const float *x, const float *w, co
     return r;
 }
 
-MFT__BODY void MFT__FN(layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n)
+MFT__BODY void MFT__FN(layer_norm_backward)(float *dx, float *dw, float *db, const float *dy, const float *x, const float *w, float mean, float r, int64_t n, int add)
 {
-    MFT__V  k = MFT__SET1(r), m = MFT__SET1(mean), mean_g, mean_gh;
+    MFT__V  k = MFT__SET1(r), m = MFT__SET1(mean), zero = MFT__SET1(0.0f), mean_g, mean_gh;
     MFT__D  g0 = { 0 }, g1 = { 0 }, s0 = { 0 }, s1 = { 0 }, a0, a1, b0, b1;
     int64_t i;
     MFT__EACH {                             /* past the end w is 0 */
@@ -6302,10 +6471,57 @@ MFT__BODY void MFT__FN(layer_norm_backward)(float *dx, float *dw, float *db, con
     mean_gh = MFT__SET1((float)(MFT__FN(wide_sum)(s0 + s1) / (double)n));
     MFT__EACH {
         MFT__V h = (MFT__IN(x) - m) * k, g = MFT__IN(dy);
-        if (dx) MFT__OUT(dx, MFT__IN(dx) + k * (g * MFT__IN(w) - mean_g - h * mean_gh));
+        if (dx) MFT__OUT(dx, (add ? MFT__IN(dx) : zero) + k * (g * MFT__IN(w) - mean_g - h * mean_gh));
         if (dw) MFT__OUT(dw, MFT__FMA(g, h, MFT__IN(dw)));
         if (db) MFT__OUT(db, MFT__IN(db) + g);
     }
+}
+
+/* sin and cos of half a vector: x less the nearest n pi/2, in three parts of which the products with n are exact for
+ * |x| < 2^31, then Taylor's series (the terms left out are below 1e-12), turned by n quarters. */
+MFT__HELP MFT__D MFT__FN(cos_sin1)(MFT__D x, MFT__D *sine)
+{
+    MFT__D zero = { 0 }, magic = zero + 6755399441055744.0, t, n, r, z, s, c;
+    MFT__Q none = { 0 }, q, odd;
+    t = x * 0.63661977236758134 + magic;                        /* as in exp */
+    n = t - magic;
+    r = x - n * 1.570796012878418;                              /* 22 bits */
+    r = r - n * 3.139164164167596e-07;                          /* 22 bits */
+    r = r - n * 6.223372171896613e-14;
+    z = r * r;
+    s = r + r * z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * (1.0 / 362880 + z * (-1.0 / 39916800 + z * (1.0 / 6227020800.0))))));
+    c = 1.0 + z * (-0.5 + z * (1.0 / 24 + z * (-1.0 / 720 + z * (1.0 / 40320 + z * (-1.0 / 3628800 + z * (1.0 / 479001600))))));
+    q   = (MFT__Q)t;
+    odd = none - (q & 1);
+    *sine = (MFT__D)((((MFT__Q)s & ~odd) | ((MFT__Q)c & odd)) ^ ((q & 2) << 62));
+    return  (MFT__D)((((MFT__Q)c & ~odd) | ((MFT__Q)s & odd)) ^ (((q + 1) & 2) << 62));
+}
+
+/* c = cos x, s = sin x, in double, so that only the last rounding counts: at most 0.501 ulp. Angles beyond 2^31 are libm's. */
+MFT__BODY void MFT__FN(cos_sin)(float *c, float *s, const float *x, int64_t n)
+{
+    MFT__D  d[2], sine;
+    MFT__V  v;
+    MFT__I  far = { 0 };
+    int32_t any[MFT__W], beyond = 0;
+    MFT__FN(half) cosines[2], sines[2];
+    int64_t i;
+    int     j;
+    MFT__EACH {
+        v = MFT__IN(x);
+        far |= ~((v < MFT__SET1(2147483648.0f)) & (v > MFT__SET1(-2147483648.0f)));
+        MFT__FN(widen)(v, &d[0], &d[1]);
+        MFT__UNROLL
+        for (j = 0; j < 2; j++) {
+            cosines[j] = __builtin_convertvector(MFT__FN(cos_sin1)(d[j], &sine), MFT__FN(half));
+            sines[j]   = __builtin_convertvector(sine, MFT__FN(half));
+        }
+        memcpy(&v, cosines, sizeof v); MFT__OUT(c, v);
+        memcpy(&v, sines, sizeof v);   MFT__OUT(s, v);
+    }
+    memcpy(any, &far, sizeof any);
+    for (j = 0; j < MFT__W; j++) beyond |= any[j];
+    for (i = 0; beyond && i < n; i++) if (!(fabsf(x[i]) < 2147483648.0f)) { c[i] = (float)cos((double)x[i]); s[i] = (float)sin((double)x[i]); }
 }
 
 MFT__BODY void MFT__FN(rope)(float *y, const float *x, const float *c, const float *s, int64_t h, int add)
@@ -7417,6 +7633,7 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 #  undef MFT__HELP
 #  undef MFT__I
 #  undef MFT__D
+#  undef MFT__Q
 #  undef MFT__IN
 #  undef MFT__OUT
 #  undef MFT__EACH
@@ -7431,6 +7648,13 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 #  undef MFT__STORE
 #  undef MFT__FMA
 #  undef MFT__SQRT
+#  undef MFT__MIN
+#  undef MFT__MAX
+#  undef MFT__TIMES_2_TO
+#  undef MFT__WIDE_LO
+#  undef MFT__WIDE_HI
+#  undef MFT__MUL_LOW
+#  undef MFT__GATHER
 #  undef MFT__ZIP_LO
 #  undef MFT__ZIP_HI
 #  undef MFT__LOAD_F16

@@ -86,6 +86,8 @@ static double worst_ulp(void (*f)(float *y, const float *x, int64_t n), real_fn 
 
 static void run_exp(float *y, const float *x, int64_t n)  { K->exp_sum(y, x, 0, n); }
 static void run_tanh(float *y, const float *x, int64_t n) { K->act(MFT__TANH, y, x, n); }
+static void run_cos(float *y, const float *x, int64_t n)  { float s[64]; K->cos_sin(y, s, x, n); }
+static void run_sin(float *y, const float *x, int64_t n)  { float c[64]; K->cos_sin(c, y, x, n); }
 /* gelu(x) = x (1 + erf(x / sqrt 2)) / 2 gives erf back where it is not cancelled: x >= 0 */
 static double ref_gelu(double x) { return 0.5 * x * erfc(-x * 0.70710678118654752); }
 static void run_gelu(float *y, const float *x, int64_t n)
@@ -104,9 +106,11 @@ static void test_elementary(void)
     /* the bounds that [ROWS] of mft.h states; the worst seen on any row: 0.95, 1.22, 1.55, 2.08 */
     double e = worst_ulp(run_exp, exp, 1e-30f, 104.0f), t = worst_ulp(run_tanh, tanh, 1e-30f, 20.0f);
     double g = worst_ulp(run_gelu, ref_gelu_abs, 1e-30f, 20.0f), s = worst_ulp(run_silu, ref_silu, 1e-30f, 80.0f);
-    float  x[7], y[7];
-    printf("%s: exp %.2f ulp, tanh %.2f, gelu %.2f, silu %.2f\n", K->name, e, t, g, s);
+    double c = worst_ulp(run_cos, cos, 1e-30f, 3e9f), n = worst_ulp(run_sin, sin, 1e-30f, 3e9f);
+    float  x[7], y[7], z[7];
+    printf("%s: exp %.2f ulp, tanh %.2f, gelu %.2f, silu %.2f, cos %.4f, sin %.4f\n", K->name, e, t, g, s, c, n);
     CHECK(e <= 1.2 && t <= 1.7 && g <= 2 && s <= 2.5);
+    CHECK(c <= 0.501 && n <= 0.501);
     x[0] = inf; x[1] = -inf; x[2] = NAN; x[3] = 0; x[4] = -0.0f; x[5] = 1e-45f; x[6] = 1000;
     K->exp_sum(y, x, 0, 7);
     CHECK(y[0] == inf && y[1] == 0 && y[2] != y[2] && y[3] == 1 && y[4] == 1 && y[5] == 1 && y[6] == inf);
@@ -116,6 +120,10 @@ static void test_elementary(void)
     CHECK(y[0] == inf && y[2] != y[2] && y[3] == 0 && y[6] == 1000);
     K->act(MFT__RELU, y, x, 7);
     CHECK(y[0] == inf && y[1] == 0 && y[2] != y[2] && y[6] == 1000);
+    x[6] = 1e30f;
+    K->cos_sin(y, z, x, 7);
+    CHECK(y[0] != y[0] && z[1] != z[1] && y[2] != y[2] && y[3] == 1 && z[3] == 0 && y[4] == 1 && z[5] == 1e-45f);
+    CHECK(y[6] == (float)cos((double)1e30f) && z[6] == (float)sin((double)1e30f));
 }
 
 /* ---- vectors ---- */
@@ -174,11 +182,14 @@ static void test_vectors(void)
         for (f = MFT__GELU_TANH; f <= MFT__TANH; f++) {
             mft__activation act = (mft__activation)f;
             EACH(K->act(act, y, a, n),              act_ref(act, a[i]), 4e-7);
-            EACH(K->act_backward(act, y, b, a, n),  y0[i] + b[i] * slope_ref(act, a[i]), 6e-7);
+            EACH(K->act_backward(act, y, b, a, n, 1), y0[i] + b[i] * slope_ref(act, a[i]), 6e-7);
+            EACH(K->act_backward(act, y, b, a, n, 0), b[i] * slope_ref(act, a[i]), 6e-7);
             EACH(K->gate(act, y, a, b, n),          act_ref(act, a[i]) * b[i], 4e-7);
             memset(C, 0, sizeof C); fill(C, n, &seed);
-            EACH(K->gate_backward(act, y, NULL, C, a, b, n), y0[i] + (double)C[i] * b[i] * slope_ref(act, a[i]), 6e-7);
-            EACH(K->gate_backward(act, NULL, y, C, a, b, n), y0[i] + (double)C[i] * act_ref(act, a[i]), 6e-7);
+            EACH(K->gate_backward(act, y, NULL, C, a, b, n, 1, 0), y0[i] + (double)C[i] * b[i] * slope_ref(act, a[i]), 6e-7);
+            EACH(K->gate_backward(act, NULL, y, C, a, b, n, 0, 1), y0[i] + (double)C[i] * act_ref(act, a[i]), 6e-7);
+            EACH(K->gate_backward(act, y, Z, C, a, b, n, 0, 1), (double)C[i] * b[i] * slope_ref(act, a[i]), 6e-7);
+            EACH(K->gate_backward(act, Z, y, C, a, b, n, 1, 0), (double)C[i] * act_ref(act, a[i]), 6e-7);
         }
         a[n / 2] = NAN;
         CHECK(K->max(a, n) != K->max(a, n) && K->dot(a, b, n) != K->dot(a, b, n) && K->sum(a, n) != K->sum(a, n));
@@ -207,7 +218,10 @@ static void test_norms(void)
         for (i = 0; i < n; i++) dot += (double)g[i] * ((double)w[i] + 1) * x[i] * rr;
         dot /= n;
         memcpy(Y, Y0, sizeof Y); memcpy(Z, Y0, sizeof Z);
-        K->rms_norm_backward(Y, Z, g, x, w, 1.0f, r, n);
+        K->rms_norm_backward(Y, NULL, g, x, w, 1.0f, r, n, 0);
+        for (i = 0; i < n; i++) CHECK(close_to(Y[i], rr * (g[i] * ((double)w[i] + 1) - x[i] * rr * dot), 4e-6));
+        memcpy(Y, Y0, sizeof Y);
+        K->rms_norm_backward(Y, Z, g, x, w, 1.0f, r, n, 1);
         for (i = 0; i < n; i++) {
             CHECK(close_to(Y[i], Y0[i] + rr * (g[i] * ((double)w[i] + 1) - x[i] * rr * dot), 4e-6));
             CHECK(close_to(Z[i], Y0[i] + g[i] * (x[i] * rr), 1e-6));
@@ -226,13 +240,16 @@ static void test_norms(void)
         for (i = 0; i < n; i++) { sum += (double)g[i] * w[i]; dot += (double)g[i] * w[i] * (x[i] - mu) * rr; }
         sum /= n; dot /= n;
         memcpy(Y, Y0, sizeof Y); memcpy(Z, Y0, sizeof Z);
-        K->layer_norm_backward(Y, Z, NULL, g, x, w, mean, r, n);
+        K->layer_norm_backward(Y, NULL, NULL, g, x, w, mean, r, n, 0);
+        for (i = 0; i < n; i++) CHECK(close_to(Y[i], rr * ((double)g[i] * w[i] - sum - (x[i] - mu) * rr * dot), 1e-4));
+        memcpy(Y, Y0, sizeof Y);
+        K->layer_norm_backward(Y, Z, NULL, g, x, w, mean, r, n, 1);
         for (i = 0; i < n; i++) {
             CHECK(close_to(Y[i], Y0[i] + rr * ((double)g[i] * w[i] - sum - (x[i] - mu) * rr * dot), 1e-4));
             CHECK(close_to(Z[i], Y0[i] + g[i] * (x[i] - mu) * rr, 1e-5));
         }
         memcpy(Z, Y0, sizeof Z);
-        K->layer_norm_backward(NULL, NULL, Z, g, x, w, mean, r, n);
+        K->layer_norm_backward(NULL, NULL, Z, g, x, w, mean, r, n, 1);
         for (i = 0; i < n; i++) CHECK(Z[i] == Y0[i] + g[i]);
     }
 }
@@ -273,6 +290,41 @@ static void test_rope_and_adamw(void)
             CHECK(close_to(A[i], Y[i] * (double)0.999f - (double)0.01f * m / (sqrt(v) * 1.5 + 1e-8), 3e-7));
         }
         CHECK(A[n] == Y[n] && B[n] == Z[n] && C[n] == Y0[n]);
+    }
+}
+
+/* ---- random numbers: the draws are mft__random's, whatever row makes them ---- */
+static void test_random_draws(void)
+{
+    enum { N = 1500 };                      /* more than is drawn at a time */
+    static float    x[N + 1], y[N + 1], y0[N + 1];
+    static uint16_t h[N + 1];
+    const uint64_t  stream = (uint64_t)1 << 63 | 77;
+    const int64_t   first = ((int64_t)1 << 34) - 512;           /* counters that pass 32 bits on the way */
+    uint32_t seed = 9;
+    int      l, i, add;
+    fill(x, N + 1, &seed); fill(y0, N + 1, &seed);
+    x[3] = inf; x[4] = NAN; x[5] = 1e-41f; x[6] = -inf;
+    for (l = 0; l <= N_LENGTHS; l++) {
+        int n = l < N_LENGTHS ? lengths[l] : N;
+        for (add = 0; add < 2; add++) {
+            memcpy(y, y0, sizeof y);
+            K->dropout(y, x, 0.3f, 5, stream, first, n, add);
+            for (i = 0; i < n; i++) {
+                uint32_t draw = (uint32_t)(mft__random(5, stream, (uint64_t)(first + i) / 2) >> (first + i) % 2 * 32);
+                float    want = (draw >= (uint32_t)((double)0.3f * 4294967296.0) ? x[i] * (1 / (1 - 0.3f)) : 0.0f) + (add ? y0[i] : 0.0f);
+                CHECK_MSG(y[i] == want || (y[i] != y[i] && want != want), "%s: n %d, at %d: %g, not %g", K->name, n, i, (double)y[i], (double)want);
+            }
+            CHECK(y[n] == y0[n]);
+        }
+        h[n] = 4321;
+        K->bf16_by_chance(h, x, 5, stream, first, n);
+        for (i = 0; i < n; i++) {
+            uint32_t u = mft__float_to_bits(x[i]), draw = (uint32_t)(mft__random(5, stream, (uint64_t)(first + i) / 4) >> (first + i) % 4 * 16) & 0xffff;
+            if (x[i] - x[i] == 0) u += draw;
+            CHECK_MSG(h[i] == u >> 16, "%s: n %d, at %d: %04x, not %04x", K->name, n, i, (unsigned)h[i], (unsigned)(u >> 16));
+        }
+        CHECK(h[n] == 4321);
     }
 }
 
@@ -618,6 +670,7 @@ int main(void)
             TEST(test_vectors);
             TEST(test_norms);
             TEST(test_rope_and_adamw);
+            TEST(test_random_draws);
             TEST(test_storage);
         }
         last = K->dot;

@@ -149,11 +149,44 @@ static void test_codes(void)
             if (i < 128) x = c.middle[i] > 1 ? 1 : c.middle[i];
             if (is_signed && i % 2) x = -x;
             two[0] = x; two[1] = 1;                             /* the 1 makes the scale 1 */
-            { uint8_t codes[2]; mft__code_pack(&c, codes, &scale, two, 2); code = codes[0]; }
+            { uint8_t codes[2]; mft__code_pack_portable(&c, codes, &scale, two, 2); code = codes[0]; }
             for (k = 0; k < 256; k++) if (fabsf(c.value[k] - x) < best) best = fabsf(c.value[k] - x);
             if (!is_signed && x > 0 && x < c.value[1] / 2) { if (code != 1) { CHECK_MSG(0, "%g went to code %d", (double)x, code); return; } continue; }
             if (!(fabsf(c.value[code] - x) <= best + 1.2e-7f * fabsf(x)) || scale != 1) { CHECK_MSG(0, "%.9g went to %.9g, which is not the nearest", (double)x, (double)c.value[code]); return; }
         }
+    }
+}
+
+/* Every row packs and unpacks as the portable one, bit for bit; whole blocks and what is left of one, with all that is not finite. */
+static void test_code_rows(void)
+{
+    static mft__code c;
+    mft_context *ctx;
+    float    x[257], y[257], want[257], scale, want_scale;
+    uint8_t  codes[257], want_codes[257];
+    uint32_t seed = 5;
+    int      row, is_signed, n, i, round;
+    for (row = 0; (ctx = context_of_row(row)) != NULL; row++) {
+        const mft__kernels *k = ctx->kernels;
+        for (is_signed = 0; is_signed < 2; is_signed++) for (n = 1; n <= 256; n += n < 34 ? 1 : 37) for (round = 0; round < 4; round++) {
+            mft__code_make(&c, is_signed);
+            for (i = 0; i < n; i++) {
+                x[i] = round == 3 ? 0.0f : test_random(&seed) * powf(10, 6 * test_random(&seed));
+                if (!is_signed) x[i] = fabsf(x[i]);
+                if (round == 2 && i % 5 == 1) x[i] = i % 3 ? (float)HUGE_VAL : (float)NAN;
+            }
+            codes[n] = 99; y[n] = 99;
+            k->code_pack(&c, codes, &scale, x, n);
+            mft__code_pack_portable(&c, want_codes, &want_scale, x, n);
+            CHECK(scale == want_scale && codes[n] == 99 && scale <= 3.402823466e38f);
+            for (i = 0; i < n; i++) CHECK_MSG(codes[i] == want_codes[i], "%s: %g of %g is code %d, not %d", k->name, (double)x[i], (double)scale, codes[i], want_codes[i]);
+            k->code_unpack(&c, y, codes, scale, n);
+            mft__code_unpack_portable(&c, want, codes, scale, n);
+            for (i = 0; i < n; i++) CHECK(y[i] == want[i] && y[i] == c.value[codes[i]] * scale);
+            CHECK(y[n] == 99);
+            for (i = 0; i < n && round == 2; i++) if (x[i] == (float)HUGE_VAL) CHECK(y[i] == 3.402823466e38f);     /* what is infinite stays the greatest */
+        }
+        mft_context_destroy(ctx);
     }
 }
 
@@ -671,7 +704,7 @@ static void test_schedules(void)
 
 int main(void)
 {
-    TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_codes); TEST(test_adamw8bit); TEST(test_apollo_mini); TEST(test_clip_small_norms);
+    TEST(test_adamw); TEST(test_sgd); TEST(test_adamw_torch); TEST(test_codes); TEST(test_code_rows); TEST(test_adamw8bit); TEST(test_apollo_mini); TEST(test_clip_small_norms);
     TEST(test_not_finite); TEST(test_extreme_gradients); TEST(test_zeroed); TEST(test_resume); TEST(test_bf16_parameters);
     TEST(test_create_refusals); TEST(test_state_names); TEST(test_schedules);
     return test_report("optimizer");
