@@ -1812,13 +1812,12 @@ typedef struct mft__matrix { const void *data; mft_dtype dtype; int64_t row_stri
 /* Constants of one AdamW update, see [OPTIMIZER]. */
 typedef struct mft__adamw { float lr_over_c1, decay, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, inv_sqrt_c2, grad_scale; } mft__adamw;
 
-/* Codes of 8 bits for numbers relative to the greatest of their block, see [OPTIMIZER]. */
-enum { MFT__CODE_FIRST_KEY = 0x3380, MFT__CODE_KEYS = 0xc01 };  /* keys: the upper halves of f32 from 2^-24 to 1 */
-
+/* Codes of 8 bits for numbers relative to the greatest of their block, see [OPTIMIZER]. Decade d has first << d cells. */
 typedef struct mft__code {
     float   value[256];                     /* of each code; signed: ascending, code 127 is 0        */
-    float   middle[256];                    /* of magnitude k and the next; the last: above all      */
-    int32_t first[MFT__CODE_KEYS];          /* magnitude nearest to the least number with this key: another's is at most one above */
+    float   edge[8];                        /* the least number nearer to decade d than to the one before (to 0); to 1 */
+    float   cells[7];                       /* cells of decade d in a unit                           */
+    int     first;
     int     is_signed;
 } mft__code;
 
@@ -2004,7 +2003,6 @@ typedef struct mft__kernels {
     void   (*dropout)       (float *y, const float *x, float p, uint64_t seed, uint64_t stream, int64_t first, int64_t n, int add);      /* y (+)= x keep / (1 - p) */
     void   (*bf16_by_chance)(uint16_t *dst, const float *src, uint64_t seed, uint64_t stream, int64_t first, int64_t n);
     void   (*code_pack)     (const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n);
-    void   (*code_unpack)   (const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n);
     mft__task attention, attention_dq, attention_dkv;      /* of a mft__attention_job             */
     const mft__gemm_row *gemm[2];                          /* by precision; [1] may be [0]        */
     const mft__gemm_row *split;                            /* f32 of several bf16 terms, or NULL  */
@@ -2094,13 +2092,6 @@ MFT__UNUSED static mft__d_portable mft__to_double_portable(mft__v_portable v, in
     memcpy(h, &v, sizeof h);
     return __builtin_convertvector(h[half], mft__d_portable);
 }
-MFT__UNUSED static mft__v_portable mft__gather_portable(const void *table, mft__i_portable at)
-{
-    float r[4];
-    int   i;
-    for (i = 0; i < 4; i++) memcpy(&r[i], (const float *)table + at[i], sizeof r[i]);
-    return mft__load_portable(r);
-}
 MFT__UNUSED static mft__v_portable mft__zip_lo_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[0], b[0], a[1], b[1] }; return r; }
 MFT__UNUSED static mft__v_portable mft__zip_hi_portable(mft__v_portable a, mft__v_portable b) { mft__v_portable r = { a[2], b[2], a[3], b[3] }; return r; }
 MFT__UNUSED static mft__v_portable mft__load_f16_portable(const uint16_t *p)
@@ -2141,7 +2132,6 @@ static int mft__usable_always(void) { return 1; }
 #define MFT__WIDE_LO(v)         mft__to_double_portable(v, 0)
 #define MFT__WIDE_HI(v)         mft__to_double_portable(v, 1)
 #define MFT__MUL_LOW(a, b)      (((a) & 0xffffffffu) * ((b) & 0xffffffffu))
-#define MFT__GATHER(table, i)   mft__gather_portable(table, i)
 #define MFT__ZIP_LO(a, b)       mft__zip_lo_portable(a, b)
 #define MFT__ZIP_HI(a, b)       mft__zip_hi_portable(a, b)
 #define MFT__LOAD_F16(p)        mft__load_f16_portable(p)
@@ -2186,7 +2176,6 @@ MFT__UNUSED __attribute__((target("avx2"), always_inline)) static inline void mf
 #define MFT__WIDE_LO(v)         _mm256_cvtps_pd(_mm256_castps256_ps128(v))
 #define MFT__WIDE_HI(v)         _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))
 #define MFT__MUL_LOW(a, b)      _mm256_mul_epu32((__m256i)(a), (__m256i)(b))
-#define MFT__GATHER(table, i)   _mm256_i32gather_ps((const float *)(table), (__m256i)(i), 4)
 #define MFT__ZIP_LO(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20)
 #define MFT__ZIP_HI(a, b)       _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31)
 #define MFT__LOAD_F16(p)        _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p)))
@@ -2233,7 +2222,6 @@ MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void
 #define MFT__WIDE_LO(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256(v))
 #define MFT__WIDE_HI(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 1))
 #define MFT__MUL_LOW(a, b)      _mm512_maskz_mul_epu32(0xff, (__m512i)(a), (__m512i)(b))
-#define MFT__GATHER(table, i)   _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, (__m512i)(i), table, 4)
 #define MFT__ZIP_LO(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b)
 #define MFT__ZIP_HI(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b)
 #define MFT__LOAD_F16(p)        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p)))
@@ -2286,7 +2274,6 @@ MFT__UNUSED static inline void mft__load_q4_neon(float32x4_t *q, const uint8_t *
 #define MFT__WIDE_LO(v)         vcvt_f64_f32(vget_low_f32(v))
 #define MFT__WIDE_HI(v)         vcvt_high_f64_f32(v)
 #define MFT__MUL_LOW(a, b)      vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
-#define MFT__GATHER(table, i)   ((float32x4_t)mft__gather_portable(table, (mft__i_portable)(i)))
 #define MFT__ZIP_LO(a, b)       vzip1q_f32(a, b)
 #define MFT__ZIP_HI(a, b)       vzip2q_f32(a, b)
 #define MFT__LOAD_F16(p)        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
@@ -2665,7 +2652,7 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
     mft__act_##row, mft__act_backward_##row, mft__gate_##row, mft__gate_backward_##row,                                           \
     mft__rms_norm_##row, mft__rms_norm_backward_##row, mft__layer_norm_##row, mft__layer_norm_backward_##row,                     \
-    mft__cos_sin_##row, mft__rope_##row, mft__adamw_##row, mft__dropout_##row, mft__bf16_by_chance_##row, mft__code_pack_##row, mft__code_unpack_##row, \
+    mft__cos_sin_##row, mft__rope_##row, mft__adamw_##row, mft__dropout_##row, mft__bf16_by_chance_##row, mft__code_pack_##row,                             \
     mft__attention_##row, mft__attention_dq_##row, mft__attention_dkv_##row
 
 /*                                                     height lanes width k_step products */
@@ -5390,21 +5377,28 @@ static void mft__code_make(mft__code *c, int is_signed)
 {
     float  magnitude[256];
     double decade = 1e-6;
-    int    d, k, n = 0, key;
+    int    d, k, n = 0;
+    c->is_signed = is_signed; c->first = is_signed ? 1 : 2;
     magnitude[n++] = 0;
-    for (d = 0; d < 7; d++, decade *= 10)
-        for (k = 0; k < 1 << (d + !is_signed); k++) magnitude[n++] = (float)(decade * (0.1 + 0.9 * (k + 0.5) / (1 << (d + !is_signed))));
+    for (d = 0; d < 7; d++, decade *= 10) {
+        int cells = c->first << d;
+        for (k = 0; k < cells; k++) magnitude[n++] = (float)(decade * (0.1 + 0.9 * (k + 0.5) / cells));
+        c->cells[d] = (float)(cells / (0.9 * decade));
+        c->edge[d]  = (magnitude[n - cells - 1] + magnitude[n - cells]) / 2;
+    }
     magnitude[n++] = 1;
-    c->is_signed = is_signed;
+    c->edge[7] = (magnitude[n - 2] + magnitude[n - 1]) / 2;
     for (k = 0; k < n; k++) {
-        c->middle[k] = k + 1 < n ? (magnitude[k] + magnitude[k + 1]) / 2 : 2;
         c->value[is_signed ? 127 + k : k] = magnitude[k];
         if (is_signed && k < 128) c->value[127 - k] = k ? -magnitude[k] : 0;
     }
-    for (key = 0, k = 0; key < MFT__CODE_KEYS; key++) {
-        while (key && c->middle[k] < mft__bits_to_float((uint32_t)(key + MFT__CODE_FIRST_KEY) << 16)) k++;
-        c->first[key] = k;
-    }
+}
+
+/* Rows pack; one look-up a number is as fast as any of them could unpack. */
+static void mft__code_unpack(const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n)
+{
+    int64_t i;
+    for (i = 0; i < n; i++) x[i] = c->value[codes[i]] * scale;
 }
 
 /* ---- AdamW ---- */
@@ -5442,8 +5436,8 @@ static void mft__adamw_run(void *arg, int64_t begin, int64_t end, int worker)
         p = mft__update_read(t->k, u, i, n, unpacked[0]);
         block = i / MFT__UPDATE_BLOCK;
         if (t->m8) {
-            t->k->code_unpack(&u->codes[0], m, t->m8 + i, t->m[block], n);
-            t->k->code_unpack(&u->codes[1], v, t->v8 + i, t->v[block], n);
+            mft__code_unpack(&u->codes[0], m, t->m8 + i, t->m[block], n);
+            mft__code_unpack(&u->codes[1], v, t->v8 + i, t->v[block], n);
         } else { m = t->m + i; v = t->v + i; }
         t->k->adamw(p, m, v, u->g + i, n, &t->c);
         if (t->m8) {
@@ -5884,7 +5878,7 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
  *         MFT__H, MFT__P  rows and vectors of a product's register tile
  *         MFT__LOAD MFT__STORE MFT__SET1 MFT__FMA(a,b,c)=ab+c MFT__SQRT MFT__ZIP_LO/HI MFT__LOAD_F16 MFT__STORE_F16
  *         MFT__MIN MFT__MAX (where b is NaN, it)   MFT__WIDE_LO/HI: half the lanes in double
- *         MFT__MUL_LOW(a, b): in each 64 bits the product of both lower halves   MFT__GATHER(table, i): 32 bits each
+ *         MFT__MUL_LOW(a, b): in each 64 bits the product of both lower halves
  *         MFT__LOAD_BF16   MFT__LOAD_Q8, MFT__LOAD_Q4 (V *q, const uint8_t *p): the 32 numbers of a block whose
  *         scale stands before p, without the scale (Q4_0: low nibbles first)
  *   out   static functions mft__NAME_ROW
@@ -5945,6 +5939,15 @@ MFT__HELP float MFT__FN(lanes_sum)(MFT__V v)
     int   i, w;
     MFT__STORE(x, v);
     for (w = MFT__W / 2; w; w /= 2) for (i = 0; i < w; i++) x[i] += x[i + w];
+    return x[0];
+}
+
+MFT__HELP float MFT__FN(lanes_max)(MFT__V v)
+{
+    float x[MFT__W];
+    int   i, w;
+    MFT__STORE(x, v);
+    for (w = MFT__W / 2; w; w /= 2) for (i = 0; i < w; i++) if (x[i + w] > x[i]) x[i] = x[i + w];
     return x[0];
 }
 
@@ -6237,47 +6240,54 @@ MFT__BODY void MFT__FN(bf16_by_chance)(uint16_t *dst, const float *src, uint64_t
 }
 
 /* ---- 8-bit codes of a block of moments: see [OPTIMIZER] ---- */
+
+/* ~0 where a is above e: both are not negative, so that their bits compare as they do, and cheaper than into masks */
+MFT__HELP MFT__I MFT__FN(above)(MFT__V a, MFT__I e) { return (e - (MFT__I)a) >> 31; }
+
+/* The nearest magnitude: its decade by comparing with all edges, then the cell in it; no rounding differs between rows. With
+ * n cells in the decade 10^(d-6), y = a n / (0.9 10^(d-6)) + 8 n / 9 counts from n: less first - 1 it is the number of the
+ * magnitude. 13 ns for 16 numbers on avx512, 30 on avx2; one after the other, looked up in two tables, they took 86. */
 MFT__BODY void MFT__FN(code_pack)(const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n)
 {
-    MFT__V  zero = MFT__SET1(0.0f), one = MFT__SET1(1.0f), sign = MFT__SET1(-0.0f), most = zero, v, a;
-    MFT__I  none = { 0 }, k, key;
-    float   lanes[MFT__W], top = 0;
+    MFT__V  zero = MFT__SET1(0.0f), one = MFT__SET1(1.0f), sign = MFT__SET1(-0.0f), most = zero, v, a, y, whole;
+    MFT__I  none = { 0 }, k, d, in, cells, less, cut, edge[8], rate[7];
+    float   top;
     int64_t i;
+    int     j, minus = c->is_signed, first = c->first;          /* codes are bytes, which might be c's for all the compiler knows */
     MFT__FN(bytes) b;
-    MFT__EACH { a = (MFT__V)((MFT__I)MFT__IN(x) & ~(MFT__I)sign); most = MFT__FN(select)(a > most, a, most); }
-    MFT__STORE(lanes, most);
-    for (i = 0; i < MFT__W; i++) if (lanes[i] > top) top = lanes[i];
+    MFT__UNROLL
+    for (j = 0; j < 8; j++) edge[j] = (MFT__I)MFT__SET1(c->edge[j]);
+    MFT__UNROLL
+    for (j = 0; j < 7; j++) rate[j] = (MFT__I)MFT__SET1(c->cells[j]) ^ (j ? (MFT__I)MFT__SET1(c->cells[j - 1]) : none);
+    MFT__EACH { a = (MFT__V)((MFT__I)MFT__IN(x) & ~(MFT__I)sign); most = MFT__MAX((MFT__V)((MFT__I)a & (a == a)), most); }
+    top = MFT__FN(lanes_max)(most);
     *scale = top = top > 3.402823466e38f ? 3.402823466e38f : top;           /* a square may overflow; zero times infinity must not be */
-    most = MFT__SET1(top > 0 ? top : 1.0f);
+    most = MFT__SET1(top > 1.2e-38f ? 1 / top : 0.0f);                      /* a subnormal's inverse may be infinite: all of them are as zero */
     MFT__EACH {
-        v   = MFT__IN(x);
-        a   = MFT__MIN(one, (MFT__V)((MFT__I)v & ~(MFT__I)sign) / most);
-        key = ((MFT__I)a >> 16) - (int32_t)MFT__CODE_FIRST_KEY;
-        key = key & (key > 0);
-        k   = key > MFT__CODE_KEYS - 1;                                     /* NaN */
-        key = (key & ~k) | ((none + (MFT__CODE_KEYS - 1)) & k);
-        k   = (MFT__I)MFT__GATHER(c->first, key);
-        k  -= a > MFT__GATHER(c->middle, k);
-        if (c->is_signed) {
-            MFT__I less = v < zero, cut = k > 127;
+        v     = MFT__IN(x);
+        a     = (MFT__V)((MFT__I)v & ~(MFT__I)sign) * most;
+        a     = MFT__FN(select)(a < one, a, one);                           /* NaN: as 1 */
+        d     = none;
+        cells = rate[0];
+        MFT__UNROLL
+        for (j = 1; j < 7; j++) {
+            in    = MFT__FN(above)(a, edge[j]);
+            d    -= in;
+            cells = cells ^ (in & rate[j]);
+        }
+        whole = (MFT__V)((d + (126 + first)) << 23);                     /* first << d: 126 + first is 127 + its logarithm */
+        y = a * (MFT__V)cells + whole * MFT__SET1(0.888888889f);
+        y = MFT__MIN(y, whole * MFT__SET1(2.0f) - MFT__SET1(0.5f));         /* the last of its decade */
+        k = __builtin_convertvector(y, MFT__I) - (first - 1);
+        k = (k & MFT__FN(above)(a, edge[0])) - MFT__FN(above)(a, edge[7]);
+        if (minus) {
+            less = v < zero; cut = k > 127;
             cut = (k & ~cut) | ((none + 127) & cut);
             k   = ((127 - cut) & less) | ((127 + k) & ~less);
         } else k -= (k == 0) & (v > zero);
         b = __builtin_convertvector(k, MFT__FN(bytes));
         if (n - i >= MFT__W) memcpy(codes + i, &b, sizeof b);
         else                 memcpy(codes + i, &b, (size_t)(n - i));
-    }
-}
-
-MFT__BODY void MFT__FN(code_unpack)(const mft__code *c, float *x, const uint8_t *codes, float scale, int64_t n)
-{
-    MFT__V  s = MFT__SET1(scale);
-    int64_t i;
-    MFT__FN(bytes) b = { 0 };
-    MFT__EACH {
-        if (n - i >= MFT__W) memcpy(&b, codes + i, sizeof b);
-        else                 memcpy(&b, codes + i, (size_t)(n - i));
-        MFT__OUT(x, MFT__GATHER(c->value, __builtin_convertvector(b, MFT__I)) * s);
     }
 }
 
@@ -6325,7 +6335,11 @@ MFT__HELP double MFT__FN(sum_squares_around)(const float *x, float mean, int64_t
     MFT__D  s0 = { 0 }, s1 = { 0 }, lo, hi;
     MFT__V  m  = MFT__SET1(mean);
     int64_t i;
-    for (i = 0; i + MFT__W <= n; i += MFT__W) { MFT__FN(widen)(MFT__LOAD(x + i) - m, &lo, &hi); s0 += lo * lo; s1 += hi * hi; }
+    for (i = 0; i + MFT__W <= n; i += MFT__W) {
+        __builtin_prefetch(x + i + 1024);   /* of gradients, which lie in memory: 1.2 times the speed */
+        MFT__FN(widen)(MFT__LOAD(x + i) - m, &lo, &hi);
+        s0 += lo * lo; s1 += hi * hi;
+    }
     if (i < n) {                            /* lanes that are not there must not count as -mean */
         float part[MFT__W] = { 0 };
         int   j;
@@ -6542,6 +6556,8 @@ MFT__BODY void MFT__FN(adamw)(float *p, float *m, float *v, const float *g, int6
     int64_t i;
     MFT__EACH {
         MFT__V d = MFT__IN(g) * gs, mm = MFT__IN(m), vv = MFT__IN(v) * b2;
+        __builtin_prefetch(p + i + 512); __builtin_prefetch(m + i + 512);      /* memory is the limit: 1.07 times the speed */
+        __builtin_prefetch(v + i + 512); __builtin_prefetch(g + i + 512);
         mm = MFT__FMA(m1, d - mm, mm);
         vv = MFT__FMA(m2 * d, d, vv);
         MFT__OUT(m, mm);
@@ -7654,7 +7670,6 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 #  undef MFT__WIDE_LO
 #  undef MFT__WIDE_HI
 #  undef MFT__MUL_LOW
-#  undef MFT__GATHER
 #  undef MFT__ZIP_LO
 #  undef MFT__ZIP_HI
 #  undef MFT__LOAD_F16

@@ -146,7 +146,7 @@ static void test_codes(void)
             float   x = powf(10, -8 * fabsf(test_random(&seed))), scale, best = 9;
             uint8_t code;
             float   two[2];
-            if (i < 128) x = c.middle[i] > 1 ? 1 : c.middle[i];
+            if (i < 128) x = (c.value[127 + i] + c.value[128 + i]) / 2;
             if (is_signed && i % 2) x = -x;
             two[0] = x; two[1] = 1;                             /* the 1 makes the scale 1 */
             { uint8_t codes[2]; mft__code_pack_portable(&c, codes, &scale, two, 2); code = codes[0]; }
@@ -157,12 +157,12 @@ static void test_codes(void)
     }
 }
 
-/* Every row packs and unpacks as the portable one, bit for bit; whole blocks and what is left of one, with all that is not finite. */
+/* Every row packs as the portable one, bit for bit; whole blocks and what is left of one, with all that is not finite. */
 static void test_code_rows(void)
 {
     static mft__code c;
     mft_context *ctx;
-    float    x[257], y[257], want[257], scale, want_scale;
+    float    x[257], y[257], scale, want_scale;
     uint8_t  codes[257], want_codes[257];
     uint32_t seed = 5;
     int      row, is_signed, n, i, round;
@@ -180,9 +180,8 @@ static void test_code_rows(void)
             mft__code_pack_portable(&c, want_codes, &want_scale, x, n);
             CHECK(scale == want_scale && codes[n] == 99 && scale <= 3.402823466e38f);
             for (i = 0; i < n; i++) CHECK_MSG(codes[i] == want_codes[i], "%s: %g of %g is code %d, not %d", k->name, (double)x[i], (double)scale, codes[i], want_codes[i]);
-            k->code_unpack(&c, y, codes, scale, n);
-            mft__code_unpack_portable(&c, want, codes, scale, n);
-            for (i = 0; i < n; i++) CHECK(y[i] == want[i] && y[i] == c.value[codes[i]] * scale);
+            mft__code_unpack(&c, y, codes, scale, n);
+            for (i = 0; i < n; i++) CHECK(y[i] == c.value[codes[i]] * scale);
             CHECK(y[n] == 99);
             for (i = 0; i < n && round == 2; i++) if (x[i] == (float)HUGE_VAL) CHECK(y[i] == 3.402823466e38f);     /* what is infinite stays the greatest */
         }

@@ -283,7 +283,8 @@ static mft_tensor *bench_input(bench *b, mft_dtype dtype, int trainable, int ndi
     return t;
 }
 
-/* Forward, then with it the backward pass of its sum; flops and bytes of both together, as in bench_line. */
+/* Forward, then with it the backward pass of its sum; flops and bytes of all together, as in bench_line: the sum reads
+ * the result once and writes its gradient once. What lies in a cache may go faster than memory. */
 #define BENCH_OP(what, flops, bytes, CALL) do {                                                                \
         double bench_s;                                                                                        \
         BENCH_SHARE(b, bench_s, {                                                                                  \
@@ -293,6 +294,67 @@ static mft_tensor *bench_input(bench *b, mft_dtype dtype, int trainable, int ndi
             mft_step_reset(b->ctx); });                                                                        \
         if (ok) bench_line(b, what, bench_s, flops, bytes);                                                    \
     } while (0)
+
+/* ---- what goes over all weights: 16 M numbers, which no second cache holds ---- */
+enum { BENCH_N = 16 << 20 };
+
+/* A step of each method, with the gradient's norm; bytes of a number: weight, gradient (twice), moments. */
+static int bench_updates(bench *b)
+{
+    static const struct { const char *what; mft_optimizer_kind kind; mft_dtype dtype; double bytes; } all[] = {
+        { "adamw, 16 M weights", MFT_ADAMW, MFT_F32, 8 + 8 + 16 }, { "adamw8bit, 16 M weights", MFT_ADAMW8BIT, MFT_F32, 8 + 8 + 4 },
+        { "adamw, 16 M bf16 weights", MFT_ADAMW, MFT_BF16, 4 + 8 + 16 }, { "sgd, 16 M weights", MFT_SGD, MFT_F32, 8 + 8 } };
+    size_t i;
+    int    ok = 1;
+    for (i = 0; i < sizeof all / sizeof *all && ok; i++) {
+        mft_tensor        *p = bench_input(b, all[i].dtype, 1, 2, 4096, BENCH_N / 4096, 0, 0);
+        mft_optimizer     *opt = NULL;
+        mft_optimizer_desc d;
+        double             s;
+        int64_t            k;
+        memset(&d, 0, sizeof d);
+        d.kind = all[i].kind;
+        ok = p && mft__grad_held(b->ctx, p) && mft_optimizer_create(b->ctx, &d, &p, NULL, 1, &opt) == MFT_OK;
+        for (k = 0; ok && k < BENCH_N; k++) ((float *)p->grad->data)[k] = (float)(k % 13 - 6) * 0.01f;
+        if (ok) {
+            BENCH_BEST(s, mft__of(p)->grad_written = 1; ok &= mft_optimizer_step(opt, 1e-5, NULL) == MFT_OK);
+            bench_line(b, all[i].what, s, 0, all[i].bytes * BENCH_N);
+        }
+        mft_optimizer_destroy(opt);
+        mft_tensor_destroy(b->ctx, p);
+    }
+    return ok;
+}
+
+typedef struct bench_convert { const mft__kernels *k; mft_dtype dtype; float *x; char *w; int back; } bench_convert;
+static void bench_convert_run(void *arg, int64_t begin, int64_t end, int worker)
+{
+    bench_convert *t = (bench_convert *)arg;
+    char          *w = t->w + mft_dtype_bytes(t->dtype, begin);
+    (void)worker;
+    if (t->back) t->k->from_float(w, t->dtype, t->x + begin, end - begin);
+    else         t->k->to_float(t->x + begin, w, t->dtype, end - begin);
+}
+
+static int bench_conversions(bench *b)
+{
+    static const struct { const char *what; mft_dtype dtype; int back; } all[] = {
+        { "BF16 to F32, 16 M numbers", MFT_BF16, 0 }, { "F32 to BF16, 16 M numbers", MFT_BF16, 1 }, { "F16 to F32, 16 M numbers", MFT_F16, 0 },
+        { "Q8_0 to F32, 16 M numbers", MFT_Q8_0, 0 }, { "Q4_0 to F32, 16 M numbers", MFT_Q4_0, 0 } };
+    bench_convert t;
+    double        s;
+    size_t        i, bytes = sizeof(float) * BENCH_N;
+    t.k = b->ctx->kernels;
+    t.x = (float *)malloc(bytes); t.w = (char *)malloc(bytes);
+    for (i = 0; t.x && t.w && i < sizeof all / sizeof *all; i++) {
+        memset(t.x, 0x11, bytes); memset(t.w, 0x11, bytes);
+        t.dtype = all[i].dtype; t.back = all[i].back;
+        BENCH_BEST(s, mft__parallel(b->ctx, BENCH_N, 32768, bench_convert_run, &t));
+        bench_line(b, all[i].what, s, 0, (double)bytes + (double)mft_dtype_bytes(t.dtype, BENCH_N));
+    }
+    free(t.x); free(t.w);
+    return i > 0;
+}
 
 static int bench_ops(bench *b)
 {
@@ -304,18 +366,19 @@ static int bench_ops(bench *b)
     mft_tensor  *k = bench_input(b, MFT_F32, 1, 4, BENCH_B, BENCH_T, BENCH_KV, BENCH_D);
     mft_tensor  *v = bench_input(b, MFT_F32, 1, 4, BENCH_B, BENCH_T, BENCH_KV, BENCH_D);
     mft_tensor  *x = bench_input(b, MFT_F32, 1, 3, BENCH_B, BENCH_T, BENCH_H, 0);
-    mft_tensor  *inner = bench_input(b, MFT_F32, 1, 3, BENCH_B, BENCH_T, BENCH_INNER, 0);
+    mft_tensor  *x2 = bench_input(b, MFT_F32, 1, 3, BENCH_B, BENCH_T, BENCH_H, 0), *table = bench_input(b, MFT_F32, 1, 2, BENCH_V, BENCH_H, 0, 0);
+    mft_tensor  *inner = bench_input(b, MFT_F32, 1, 3, BENCH_B, BENCH_T, BENCH_INNER, 0), *up = bench_input(b, MFT_F32, 1, 3, BENCH_B, BENCH_T, BENCH_INNER, 0);
     mft_tensor  *norm = bench_input(b, MFT_F32, 0, 1, BENCH_H, 0, 0, 0);
     mft_tensor  *w = bench_input(b, MFT_BF16, 0, 2, BENCH_INNER, BENCH_H, 0, 0);
     mft_tensor  *head = bench_input(b, MFT_BF16, 0, 2, BENCH_V, BENCH_H, 0, 0);
     mft_tensor  *la = bench_input(b, MFT_F32, 1, 2, 8, BENCH_H, 0, 0), *lb = bench_input(b, MFT_F32, 1, 2, BENCH_INNER, 8, 0, 0);
     mft_attention_desc window;
     double       pairs = BENCH_B * BENCH_HEADS * (double)BENCH_T * (BENCH_T + 1) / 2, products = 2.0 * N * BENCH_H;
-    int          i, ok = q && k && v && x && inner && norm && w && head && la && lb;
+    int          i, ok = q && k && v && x && x2 && table && inner && up && norm && w && head && la && lb;
     memset(&window, 0, sizeof window);
     window.window = 64;
     for (i = 0; i < BENCH_D / 2; i++) inv_freq[i] = 1.0f / (float)(i + 1);
-    for (i = 0; i < N; i++) ids[i] = i % BENCH_V;
+    for (i = 0; i < N; i++) ids[i] = i * 97 % BENCH_V;
     if (!ok) return 0;
     /* two products forward, five backward, of each query with each key it sees */
     BENCH_OP("attention, causal",             14.0 * BENCH_D * pairs, 0, mft_attention(ctx, q, k, v, NULL));
@@ -323,12 +386,16 @@ static int bench_ops(bench *b)
     BENCH_OP("linear, frozen bf16",           2 * products * BENCH_INNER, 0, mft_linear(ctx, x, w, NULL));
     BENCH_OP("lora_linear, rank 8",           2 * products * BENCH_INNER + 6.0 * N * 8 * (BENCH_H + BENCH_INNER), 0, mft_lora_linear(ctx, x, w, NULL, la, lb, 2, 0));
     BENCH_OP("linear_cross_entropy, V 32768", 2 * products * BENCH_V, 0, mft_linear_cross_entropy(ctx, x, head, ids, 0, 0));
-    BENCH_OP("rope",                          0, 4.0 * 4 * N * BENCH_H, mft_rope(ctx, q, NULL, inv_freq, 0));
-    BENCH_OP("rms_norm",                      0, 5.0 * 4 * N * BENCH_H, mft_rms_norm(ctx, x, norm, 0, 1e-6f));
-    BENCH_OP("swiglu",                        0, 8.0 * 4 * N * BENCH_INNER, mft_swiglu(ctx, inner, inner));
-    BENCH_OP("geglu",                         0, 8.0 * 4 * N * BENCH_INNER, mft_geglu(ctx, inner, inner));
-    BENCH_OP("add",                           0, 5.0 * 4 * N * BENCH_H, mft_add(ctx, x, x));
-    return ok;
+    BENCH_OP("rope",                          0, 6.0 * 4 * N * BENCH_H, mft_rope(ctx, q, NULL, inv_freq, 0));
+    BENCH_OP("rms_norm",                      0, 7.0 * 4 * N * BENCH_H, mft_rms_norm(ctx, x, norm, 0, 1e-6f));
+    BENCH_OP("layer_norm",                    0, 7.0 * 4 * N * BENCH_H, mft_layer_norm(ctx, x, norm, NULL, 1e-5f));
+    BENCH_OP("swiglu",                        0, 10.0 * 4 * N * BENCH_INNER, mft_swiglu(ctx, inner, up));
+    BENCH_OP("geglu",                         0, 10.0 * 4 * N * BENCH_INNER, mft_geglu(ctx, inner, up));
+    BENCH_OP("gelu_tanh",                     0, 7.0 * 4 * N * BENCH_INNER, mft_gelu_tanh(ctx, inner));
+    BENCH_OP("add",                           0, 9.0 * 4 * N * BENCH_H, mft_add(ctx, x, x2));
+    BENCH_OP("dropout",                       0, 6.0 * 4 * N * BENCH_H, mft_dropout(ctx, x, 0.05f));
+    BENCH_OP("embedding, V 32768",            0, 7.0 * 4 * N * BENCH_H, mft_embedding(ctx, table, ids, BENCH_B, BENCH_T, -1));
+    return ok && bench_updates(b) && bench_conversions(b);
 }
 
 /* ==============================================================================
