@@ -5897,7 +5897,7 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
 typedef int32_t  MFT__FN(ints)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint32_t MFT__FN(bits)   __attribute__((vector_size(4 * MFT__W)));
 typedef uint16_t MFT__FN(shorts) __attribute__((vector_size(2 * MFT__W)));
-typedef uint8_t  MFT__FN(bytes)  __attribute__((vector_size(MFT__W)));
+typedef uint8_t  MFT__FN(octets)  __attribute__((vector_size(MFT__W)));
 typedef double   MFT__FN(wide)   __attribute__((vector_size(4 * MFT__W)));     /* half as many lanes of 64 bits   */
 typedef uint64_t MFT__FN(quads)  __attribute__((vector_size(4 * MFT__W)));
 typedef float    MFT__FN(half)   __attribute__((vector_size(2 * MFT__W)));
@@ -6254,7 +6254,7 @@ MFT__BODY void MFT__FN(code_pack)(const mft__code *c, uint8_t *codes, float *sca
     float   top;
     int64_t i;
     int     j, minus = c->is_signed, first = c->first;          /* codes are bytes, which might be c's for all the compiler knows */
-    MFT__FN(bytes) b;
+    MFT__FN(octets) b;
     MFT__UNROLL
     for (j = 0; j < 8; j++) edge[j] = (MFT__I)MFT__SET1(c->edge[j]);
     MFT__UNROLL
@@ -6285,7 +6285,7 @@ MFT__BODY void MFT__FN(code_pack)(const mft__code *c, uint8_t *codes, float *sca
             cut = (k & ~cut) | ((none + 127) & cut);
             k   = ((127 - cut) & less) | ((127 + k) & ~less);
         } else k -= (k == 0) & (v > zero);
-        b = __builtin_convertvector(k, MFT__FN(bytes));
+        b = __builtin_convertvector(k, MFT__FN(octets));
         if (n - i >= MFT__W) memcpy(codes + i, &b, sizeof b);
         else                 memcpy(codes + i, &b, (size_t)(n - i));
     }
