@@ -3006,7 +3006,8 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     digits = mft__gemm_by_digits(&turned);
     if      (digits || (bt.col_stride == 1 && m <= MFT__FEW && m <= n)) { way = MFT__DOTS; g = turned; }
     else if (a.col_stride == 1 && n <= MFT__FEW)              way = MFT__DOTS;
-    else if (b.col_stride == 1 && m <= MFT__FEW_SUMS && a.dtype == MFT_F32) way = MFT__SUMS;
+    else if (b.col_stride == 1 && a.dtype == MFT_F32 && m <= (b.dtype == MFT_F32 ? MFT__FEW : MFT__FEW_SUMS)) way = MFT__SUMS;
+    else if (a.row_stride == 1 && a.dtype == MFT_F32 && b.dtype == MFT_F32 && n <= MFT__FEW) { way = MFT__SUMS; g = turned; }
     else if (k <= MFT__FEW && a.col_stride == 1 && a.dtype == MFT_F32 && b.dtype == MFT_F32 && !tail) {
         way = MFT__THIN;
         g.tail.a = a; g.tail.b = b; g.tail.k = k; g.tail.scale = alpha;
@@ -3031,8 +3032,8 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         if (digits)  packed = mft__round64(sizeof(mft__digit_pair) * (size_t)((m + 1) / 2 * ((k + 31) / 32)));
         break;
     case MFT__SUMS:
-        group  = MFT__SUMS_LANES;
-        floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + m));
+        group  = mft__min64(MFT__SUMS_LANES, mft__round_up((g.v_count - 1) / shares + 1, 64));
+        floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + g.s_count));
         break;
     case MFT__THIN:
         group  = mft__round_up(1 + 131072 / (n * k), 4);
@@ -7103,6 +7104,32 @@ MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int wor
     }
 }
 
+/* y[q] += x[q] . v for nq rows of y, ld apart, and four rows of v; x's numbers lie `step` apart. nq is a constant once
+ * inlined. Four products first: half the error of one long chain. */
+MFT__HELP void MFT__FN(gemm_sums_four)(int nq, float *y, int64_t ld, const float *const *x, int64_t step, const float *const *v, int64_t n)
+{
+    MFT__V  f[2][4], u[4], t;
+    int64_t i;
+    int     q, j, whole;
+    MFT__UNROLL
+    for (q = 0; q < nq; q++) {
+        MFT__UNROLL
+        for (j = 0; j < 4; j++) f[q][j] = MFT__SET1(x[q][j * step]);
+    }
+    MFT__EACH {
+        whole = i + MFT__W <= n;
+        MFT__UNROLL
+        for (j = 0; j < 4; j++) { if (whole) u[j] = MFT__LOAD(v[j] + i); else u[j] = MFT__IN(v[j]); }
+        MFT__UNROLL
+        for (q = 0; q < nq; q++) {
+            t = f[q][0] * u[0];
+            MFT__UNROLL
+            for (j = 1; j < 4; j++) t = MFT__FMA(f[q][j], u[j], t);
+            MFT__STORE(y + q * ld + i, MFT__LOAD(y + q * ld + i) + t);
+        }
+    }
+}
+
 /* Lanes [begin, end) of few rows:  c[i] += s[i, p] v[p], four p at a time, the lanes side by side where
  * they lie (decoding with weights stored [in, out]). */
 MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int worker)
@@ -7118,22 +7145,21 @@ MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int wor
         int          np = (int)mft__min64(g->k - p, 4);
         if (p + 8 <= g->k) MFT__FN(prefetch)(&g->v, begin, p + 4, 4, n);
         for (j = 0; j < np; j++) v[j] = MFT__FN(fetch)(rows + j * ld, &g->v, begin, p + j, n);
-        for (r = 0; r < g->s_count; r++) {
-            const float *x = (const float *)g->s.data + r * g->s.row_stride + p * g->s.col_stride;
-            float       *y = sums + r * ld;
-            if (np == 4) {
-                MFT__V x0 = MFT__SET1(x[0]), x1 = MFT__SET1(x[g->s.col_stride]), x2 = MFT__SET1(x[2 * g->s.col_stride]), x3 = MFT__SET1(x[3 * g->s.col_stride]);
-                MFT__EACH {                                     /* four products first: half the error of one long chain */
-                    MFT__V t = x0 * MFT__IN(v[0]);
-                    t = MFT__FMA(x1, MFT__IN(v[1]), t);
-                    t = MFT__FMA(x2, MFT__IN(v[2]), t);
-                    t = MFT__FMA(x3, MFT__IN(v[3]), t);
-                    MFT__OUT(y, MFT__IN(y) + t);
-                }
-            } else for (j = 0; j < np; j++) MFT__FN(axpy)(y, x[j * g->s.col_stride], v[j], n);
+        for (r = 0; r < g->s_count; r += 2) {
+            const float *x[2];
+            int          nq = r + 1 < g->s_count ? 2 : 1;
+            x[0] = (const float *)g->s.data + r * g->s.row_stride + p * g->s.col_stride;
+            x[1] = x[0] + (nq - 1) * g->s.row_stride;
+            if      (np < 4)  for (j = 0; j < nq * np; j++) MFT__FN(axpy)(sums + (r + j / np) * ld, x[j / np][j % np * g->s.col_stride], v[j % np], n);
+            else if (nq == 2) MFT__FN(gemm_sums_four)(2, sums + r * ld, ld, x, g->s.col_stride, v, n);
+            else              MFT__FN(gemm_sums_four)(1, sums + r * ld, ld, x, g->s.col_stride, v, n);
         }
     }
-    for (r = 0; r < g->s_count; r++) {
+    for (i = 0; g->swapped && i < n; i++) {                     /* c[lane][row] */
+        float *c = g->c + (begin + i) * g->ldc;
+        for (r = 0; r < g->s_count; r++) c[r] = (g->add ? c[r] : 0) + g->alpha * sums[r * ld + i] + (g->bias ? g->bias[r] : 0);
+    }
+    for (r = 0; !g->swapped && r < g->s_count; r++) {
         const float *t = sums + r * ld;
         float       *c = g->c + r * g->ldc + begin;
         MFT__EACH {
