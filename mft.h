@@ -1830,7 +1830,7 @@ typedef struct mft__gemm_job {
     const struct mft__gemm_row *row;
     mft__matrix  s, v;
     int64_t      s_count, v_begin, v_count, k;     /* v_begin: the block of lanes at hand      */
-    int64_t      v_next, n_next;                   /* lanes that the same worker will probably pack after it */
+    int64_t      s_next, s_end, v_next, n_next;    /* where the worker's next task probably is: rows of s, lanes of v it packs; 0: none */
     int64_t      tasks, at_once;                   /* how many, and how many are worked on at the same time */
     int          s_terms, v_terms;                 /* bf16 terms of each number; floats: 1     */
     float        alpha;
@@ -3041,14 +3041,14 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         break;
     case MFT__COLUMNS:
         units   = (g.v_count - 1) / row->lanes + 1;
-        g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, 2 * shares, shares);
+        g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, mft__min64(2 * shares, units / 4), shares);
         lanes   = ((units - 1) / g.tasks + 1) * row->lanes;
         floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC))) * lanes);
         break;
     default:
         units   = (g.s_count - 1) / row->height + 1;
-        g.tasks = mft__gemm_tasks(units, 8, 6 * shares, shares);
-        lanes   = mft__min64(256, mft__round_up(g.v_count, row->lanes));
+        lanes   = mft__min64((k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * row->lanes, mft__round_up(g.v_count, row->lanes));
+        g.tasks = mft__gemm_tasks(units, 16, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
     }
@@ -6648,6 +6648,12 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
         }
         return;
     }
+    if (g->v.dtype == MFT_F32 && g->v.row_stride != 1 && lanes == LANES && kc % MFT__W == 0 && !pairs) {       /* activations: turned where they lie */
+        const float *src = (const float *)g->v.data + (g->v_begin + l0) * g->v.row_stride + p0;
+        for (p = 0; p < kc; p += MFT__W)
+            for (l = 0; l < LANES; l += MFT__W) MFT__FN(transpose)(dst + p * LANES + l, LANES, src + l * g->v.row_stride + p, g->v.row_stride);
+        return;
+    }
     for (p = 0; p < kc; p += STEP) {                            /* else to rows of k, to cells, and turned */
         const float *src[LANES];
         int64_t n = mft__min64(kc - p, STEP), n_cells = p + STEP < kc ? (pairs ? STEP / 2 : STEP) : all - (pairs ? p / 2 : p);
@@ -6818,21 +6824,22 @@ MFT__HELP void MFT__FN(gemm_next)(const mft__gemm_job *g, int64_t begin, int64_t
 /* What memory to ask for while strip `part` of `parts` from row i on is multiplied: strips of s, those after the ones that
  * are copied meanwhile; of v the next block of k, in panels unless the second cache still has them, or where the worker's
  * next lanes lie; at last the place in c. Of v and c each strip asks for its share. */
-MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t part, int64_t parts)
+MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t part, int64_t parts, int direct)
 {
-    int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part, kc = mft__min64(g->k - p0, MFT__KC);
-    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc), s_i = i, s_p = p0;
+    int64_t     height = g->row->height, lanes = mft__round_up(x->lanes, MFT__P * MFT__W), all = (end - begin - 1) / height + 1, at = (i - begin) / height + part, kc = mft__min64(g->k - p0, MFT__KC);
+    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc), s_i = i, s_p = p0, s_end = end;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (g->row->k_step == 1) MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
-    if (s_p < g->k) x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
+    if (s_p >= g->k) { s_i += g->s_next - begin; s_p = 0; s_end = g->s_end; }
+    if (s_i < s_end) x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
     if (next && g->packed) {
-        from.data = g->packed + g->v_terms * cells * x->ld;
-        if (g->k * x->ld > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * x->ld * mft__gemm_cells(g->row, next) / 16, 0, 16, at, all);
+        from.data = g->packed + g->v_terms * cells * lanes;
+        if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * lanes * mft__gemm_cells(g->row, next) / 16, 0, 16, at, all);
     } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, at, all);
     else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, MFT__KC), at, all);
-    else {
+    else if (!direct || ++at < all) {                           /* directly: the rows of the next strip */
         from.data = g->c; from.row_stride = g->ldc;
         if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, at, all);
         else            x->ahead[1] = MFT__FN(ahead)(&from, begin, end - begin, g->v_begin, g->v_count, at, all);
@@ -6869,7 +6876,8 @@ MFT__BODY int64_t MFT__FN(gemm_carry)(const mft__gemm_job *g, mft__carry *c, flo
 
 /* Rows [begin, end) of the scalar side against a block of lanes: all of k, then the way out. packed NULL:
  * the lanes are packed here, one block of k after the other, into the worker's own scratch; by the first strip on its
- * way if they lie side by side. */
+ * way if they lie side by side. Where k is one block, c is nothing but the sums and tiles are whole, they are written there at
+ * once: with more blocks each would go over c's pages. */
 MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_t end, int worker)
 {
     enum { LANES = MFT__P * MFT__W };
@@ -6878,17 +6886,20 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     float   *now   = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes), *then = now + (mft__gemm_strips(g) - group) * strip;
     float   *tile  = now + mft__gemm_strips(g) * strip, *own = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * n_panels * LANES, *swap;
     int      raw   = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
+    int      direct = g->k <= MFT__KC && !g->swapped && g->row->k_step == 1 && g->alpha == 1 && !g->bias && !g->tail.k
+                   && g->v_count % LANES == 0 && (end - begin) % (MFT__H / 3) == 0;
     mft__gemm_strip x;
 
     memset(&x, 0, sizeof x);
     x.s_term = height * MFT__STRIDE; x.s_step = g->s.col_stride == 1 || g->row->k_step > 1 ? 0 : height;
     x.ld = n_panels * LANES; x.lanes = g->v_count; x.s_terms = g->s_terms; x.v_terms = g->v_terms;
     x.raw_dtype = g->v.dtype; x.raw_step = g->v.col_stride * (g->v.dtype == MFT_F32 ? 4 : 2);
+    if (direct) { tile = g->c + begin * g->ldc + g->v_begin; x.ld = g->ldc; }
     for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
         int64_t kc = mft__min64(g->k - p0, MFT__KC);
         x.cells = mft__gemm_cells(g->row, kc);
-        x.v_panel = LANES * x.cells; x.add = p0 != 0;
-        x.v = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * x.ld : own;
+        x.v_panel = LANES * x.cells; x.add = p0 != 0 || (direct && g->add);
+        x.v = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * n_panels * LANES : own;
         for (q = 0; q < n_panels && !g->packed && !raw; q++)
             MFT__FN(gemm_panel)(g, own + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
         for (i = begin; i < end; i += group * height) {
@@ -6901,32 +6912,40 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
                 x.raw = raw && row == begin ? (const char *)g->v.data + mft_dtype_bytes(g->v.dtype, g->v_begin) + p0 * x.raw_step : NULL;
                 if (q >= made) MFT__FN(gemm_strip)(g, now + q * strip, row, x.h, p0, kc);
                 more = MFT__FN(gemm_carry)(g, &x.carry, then, next_i, end, next_p, q, parts);
-                MFT__FN(gemm_ahead)(g, &x, begin, end, i, p0, q, parts);
+                MFT__FN(gemm_ahead)(g, &x, begin, end, i, p0, q, parts, direct);
                 g->row->strip(&x);
             }
             made = more; swap = now; now = then; then = swap;
         }
     }
-    MFT__FN(gemm_out)(g, tile, x.ld, begin, end);
+    if (!direct) MFT__FN(gemm_out)(g, tile, x.ld, begin, end);
 }
 
+/* Rows, or lanes, of a task, and of the one that the same worker will probably take next: the others take those
+ * between, if all are as fast. */
 MFT__BODY void MFT__FN(gemm_tiles)(void *arg, int64_t begin, int64_t end, int worker)
 {
-    const mft__gemm_job *g = (const mft__gemm_job *)arg;
-    for (; begin < end; begin++)
-        MFT__FN(gemm_block)(g, mft__gemm_cut(g->s_count, g->row->height, begin, g->tasks), mft__gemm_cut(g->s_count, g->row->height, begin + 1, g->tasks), worker);
+    mft__gemm_job g = *(const mft__gemm_job *)arg;
+    int64_t       unit = g.row->height;
+    for (; begin < end; begin++) {
+        int64_t then = begin + g.at_once;
+        g.s_next = mft__gemm_cut(g.s_count, unit, then, g.tasks);
+        g.s_end  = then < g.tasks ? mft__gemm_cut(g.s_count, unit, then + 1, g.tasks) : 0;
+        MFT__FN(gemm_block)(&g, mft__gemm_cut(g.s_count, unit, begin, g.tasks), mft__gemm_cut(g.s_count, unit, begin + 1, g.tasks), worker);
+    }
 }
 
 MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int worker)
 {
     mft__gemm_job g = *(const mft__gemm_job *)arg;
-    int64_t       all = g.v_count, then;
+    int64_t       unit = g.row->lanes, all = g.v_count;
     g.packed = NULL;
     for (; begin < end; begin++) {
-        then = mft__min64(begin + g.at_once, g.tasks - 1);      /* the others take those between, if all are as fast */
-        g.v_begin = mft__gemm_cut(all, MFT__P * MFT__W, begin, g.tasks); g.v_count = mft__gemm_cut(all, MFT__P * MFT__W, begin + 1,  g.tasks) - g.v_begin;
-        g.v_next  = mft__gemm_cut(all, MFT__P * MFT__W, then,  g.tasks); g.n_next  = mft__gemm_cut(all, MFT__P * MFT__W, then + 1, g.tasks) - g.v_next;
-        if (then <= begin) g.n_next = 0;
+        int64_t then = begin + g.at_once;
+        g.v_begin = mft__gemm_cut(all, unit, begin, g.tasks); g.v_count = mft__gemm_cut(all, unit, begin + 1, g.tasks) - g.v_begin;
+        g.v_next  = mft__gemm_cut(all, unit, then,  g.tasks);
+        g.n_next  = then < g.tasks ? mft__gemm_cut(all, unit, then + 1, g.tasks) - g.v_next : 0;
+        g.s_end   = g.n_next ? g.s_count : 0;
         MFT__FN(gemm_block)(&g, 0, g.s_count, worker);
     }
 }
