@@ -3048,7 +3048,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     default:
         units   = (g.s_count - 1) / row->height + 1;
         lanes   = mft__min64((k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * row->lanes, mft__round_up(g.v_count, row->lanes));
-        g.tasks = mft__gemm_tasks(units, 16, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
+        g.tasks = mft__gemm_tasks(units, 192 / row->height, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
     }
