@@ -5309,6 +5309,7 @@ typedef struct mft__update {
     void        *state[MFT__MAX_STATES];    /* in the order of the method's layouts                  */
     int64_t      step;                      /* 1 is the first                                        */
     double       learning_rate, weight_decay, grad_scale;        /* g counts times grad_scale        */
+    double       squares;                   /* the sum of all of g's, as it is                       */
     uint64_t     seed, stream;              /* of random numbers: this parameter's at this step      */
     const struct mft__code *codes;          /* 8-bit moments: of exp_avg, of exp_avg_sq              */
 } mft__update;
@@ -5595,7 +5596,7 @@ static void mft__apollo_prepare(mft_context *ctx, const mft_optimizer_desc *d, m
     }
     for (i = 0; i * t.piece < length; i++) { squares[0] += t.partial[i][0]; squares[1] += t.partial[i][1]; }
     scale = sqrt(squares[1]) / (sqrt(squares[0]) + 1e-8);
-    norm  = sqrt(mft__sum_squares(ctx, u->g, numel, u->p->grad)) * u->grad_scale * scale;
+    norm  = sqrt(u->squares) * u->grad_scale * scale;
     limit = *kept > 0 && norm > 1.01 * ((double)*kept + 1e-8) ? norm / (1.01 * ((double)*kept + 1e-8)) : 1;
     *kept = (float)(norm / limit);
     u->grad_scale *= scale / limit * sqrt((double)MFT__APOLLO_SCALE * (1 - pow(d->beta2, (double)u->step))) / (1 - pow(d->beta1, (double)u->step));
@@ -5621,6 +5622,7 @@ typedef struct mft__slot {
     int64_t     per[MFT__MAX_STATES];       /* see mft__state_layout */
     int         n_states;
     int         no_decay;
+    double      squares;                    /* of the gradient, in a step of all parameters */
 } mft__slot;
 
 struct mft_optimizer {
@@ -5781,9 +5783,9 @@ static void mft__update_passed(mft_context *ctx, const mft__slot *s, int64_t at,
     for (k = 0; k < s->n_states; k++) mft__passed(ctx, s->state[k], at / s->per[k], (n + s->per[k] - 1) / s->per[k]);
 }
 
-/* Updates parameter number i by its gradient times grad_scale, which is then used up. The optimizer's step is the
- * one being made: mft__optimizer_begin has counted it. */
-static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learning_rate, double grad_scale)
+/* Updates parameter number i by its gradient, of which mft__grad_squares is known, times grad_scale; it is then used up.
+ * The optimizer's step is the one being made: mft__optimizer_begin has counted it. */
+static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learning_rate, double grad_scale, double squares)
 {
     mft_context       *ctx = opt->ctx;
     const mft__method *method = &mft__methods[opt->desc.kind];
@@ -5797,7 +5799,7 @@ static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learni
     memset(&u, 0, sizeof u);
     u.p = s->p;
     u.step = *(const int64_t *)opt->step->data;
-    u.learning_rate = learning_rate; u.grad_scale = grad_scale;
+    u.learning_rate = learning_rate; u.grad_scale = grad_scale; u.squares = squares;
     u.weight_decay = s->no_decay ? 0.0 : opt->desc.weight_decay;
     u.seed = ctx->seed; u.stream = (uint64_t)1 << 63 | (uint64_t)u.step << 24 | (uint64_t)i;     /* dropout's have no highest bit */
     u.codes = opt->codes;
@@ -5836,12 +5838,12 @@ static mft_status mft__optimizer_step_scaled(mft_optimizer *opt, double learning
     mft_status s = MFT_OK;
     int        i;
 
-    for (i = 0; i < opt->n; i++) total += mft__grad_squares(opt->ctx, opt->slots[i].p);
+    for (i = 0; i < opt->n; i++) total += opt->slots[i].squares = mft__grad_squares(opt->ctx, opt->slots[i].p);
     norm = sqrt(total) * grad_scale;
     if (out_grad_norm) *out_grad_norm = norm;
     if (!(norm <= 3.4e38)) return mft__fail(opt->ctx, MFT_ERR_NOT_FINITE, "the gradient's norm is %g: nothing was updated", norm);
     mft__optimizer_begin(opt);
-    for (i = 0; i < opt->n && s == MFT_OK; i++) s = mft__optimizer_update(opt, i, learning_rate, mft__clip(opt, norm) * grad_scale);
+    for (i = 0; i < opt->n && s == MFT_OK; i++) s = mft__optimizer_update(opt, i, learning_rate, mft__clip(opt, norm) * grad_scale, opt->slots[i].squares);
     mft_optimizer_zero_grad(opt);
     return s;
 }

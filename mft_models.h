@@ -12794,7 +12794,7 @@ static void mft__early_update(mft_context *ctx, void *user, int level)
             return;
         }
         if (!ctx->updating) { mft__optimizer_begin(tr->opt); ctx->updating = 1; }
-        if ((s = mft__optimizer_update(tr->opt, i, e->learning_rate, e->scale)) != MFT_OK) mft__op_failed(ctx, s);
+        if ((s = mft__optimizer_update(tr->opt, i, e->learning_rate, e->scale, e->parts[i].squares)) != MFT_OK) mft__op_failed(ctx, s);
         mft__grad_release(ctx, t);
     }
 }
