@@ -3,14 +3,21 @@
  * Two sets of one form: the small one in tests/golden, and the larger one of ../shared/golden when it is
  * there. Every fixture of manifest.json, on every kernel row: each case's logits, hidden states, loss and
  * gradients; training of all weights for 15 steps; adapters before and after, trained, merged; greedy
- * generation and the logits processors; every form of the config; checkpointing and threads to the bit.
+ * generation and the logits processors; every form of the config; checkpointing and threads to the bit, these
+ * also in larger models of random weights.
  * Tolerances are floors.json's: ten times the noise between two ways PyTorch computes the same, so that
  * a wrong epsilon or the exact gelu fails (seen: gelu for gelu_tanh gives 40 times the tolerance on logits). */
+#ifndef TEST_SUITE
+#  define TEST_SUITE "golden"
+#endif
+#ifndef _GNU_SOURCE
+#  define _GNU_SOURCE                       /* mkdtemp */
+#endif
 #define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
-#include "test.h"
+#include "room.h"
 
 enum { MOST = 2048 };
 
@@ -19,12 +26,12 @@ static const char *row;                     /* the kernel row */
 static mft_context *ctx;
 static mft_json *manifest, *floors;
 
-static mft_context *context(int threads)
+static mft_context *context(int threads, mft_precision precision)
 {
     mft_context     *c = NULL;
     mft_context_desc d;
     memset(&d, 0, sizeof d);
-    d.n_threads = threads; d.kernels = row;
+    d.n_threads = threads; d.kernels = row; d.precision = precision;
     CHECK(mft_context_create(&d, &c) == MFT_OK);
     return c;
 }
@@ -451,10 +458,10 @@ static void run_configs(const char *fixture, const mft_json *list)
     }
 }
 
-/* Gradients with activation checkpointing, and with 1, 2, 3 threads, are those without, bit for bit. */
+/* Gradients with activation checkpointing, and with 1, 2, 3, 5 threads, are those without, bit for bit. */
 static void run_same_bits(const char *fixture)
 {
-    static const struct { int threads, checkpoint; } ways[] = { { 1, 0 }, { 2, 0 }, { 3, 0 }, { 2, 1 } };
+    static const struct { int threads, checkpoint; } ways[] = { { 1, 0 }, { 2, 0 }, { 3, 0 }, { 5, 0 }, { 2, 1 } };
     mft_context *keep = ctx;
     uint64_t     first = 0;
     size_t       w;
@@ -468,7 +475,7 @@ static void run_same_bits(const char *fixture)
         float            value;
         int              i, n;
         size_t           k;
-        ctx = context(ways[w].threads);
+        ctx = context(ways[w].threads, MFT_PRECISION_F32);
         memset(&d, 0, sizeof d);
         d.train_all = 1; d.grad_checkpointing = ways[w].checkpoint;
         CHECK(mft_model_load(ctx, path_of(fixture, "."), &d, &m) == MFT_OK);
@@ -495,7 +502,7 @@ static void test_set(void)
     const char     *name, *key;
     size_t          i, k;
 
-    ctx = context(2);
+    ctx = context(2, MFT_PRECISION_F32);
     if (!ctx) return;
     snprintf(path, sizeof path, "%s/manifest.json", root);
     if (!test_file_exists(path)) { mft_context_destroy(ctx); SKIP("models against Transformers' numbers in %s: it is not there (MFT_TEST_DATA names the folder)", root); }
@@ -522,18 +529,101 @@ static void test_set(void)
     mft_context_destroy(ctx);
 }
 
+/* ---- the same bits for any number of threads ---- */
+/* Of a size at which products, attention, norms and the head are cut into several tasks, the last smaller than the others. */
+static const char *const bits_configs[] = {
+    "{\"model_type\":\"gemma3_text\",\"hidden_size\":52,\"intermediate_size\":90,\"num_hidden_layers\":2,\"num_attention_heads\":4,\"num_key_value_heads\":2,"
+    "\"head_dim\":18,\"vocab_size\":701,\"max_position_embeddings\":64,\"rms_norm_eps\":1e-6,\"rope_theta\":10000,\"sliding_window\":11,"
+    "\"layer_types\":[\"sliding_attention\",\"full_attention\"],\"hidden_activation\":\"gelu_pytorch_tanh\",\"initializer_range\":0.1}",
+    "{\"model_type\":\"qwen2\",\"hidden_size\":56,\"intermediate_size\":90,\"num_hidden_layers\":2,\"num_attention_heads\":4,\"num_key_value_heads\":2,"
+    "\"vocab_size\":701,\"max_position_embeddings\":64,\"rms_norm_eps\":1e-6,\"rope_theta\":10000,\"hidden_act\":\"silu\",\"tie_word_embeddings\":false,"
+    "\"initializer_range\":0.1}"
+};
+enum { BITS_ROWS = 2, BITS_SEQ = 41, BITS_STEPS = 2, BITS_NUMBERS = 500000 };
+
+/* Steps of training, all weights or an adapter: of each the loss and the gradients, and at last the weights, one after
+ * the other in `out`. returns how many numbers */
+static int64_t bits_of(const char *dir, int full, mft_precision precision, int threads, float *out)
+{
+    mft_context       *c = context(threads, precision);
+    mft_model         *m = NULL;
+    mft_model_desc     md;
+    mft_optimizer     *opt = NULL;
+    mft_tensor        *params[MOST], *loss;
+    mft_batch          b;
+    int32_t            ids[BITS_ROWS * BITS_SEQ], labels[BITS_ROWS * BITS_SEQ];
+    int64_t            n = 0, size;
+    int                i, count, step;
+    memset(&md, 0, sizeof md); memset(&b, 0, sizeof b);
+    for (i = 0; i < BITS_ROWS * BITS_SEQ; i++) { ids[i] = 1 + i * i * 7 % 700; labels[i] = i % 5 ? ids[i] : -100; }
+    b.input_ids = ids; b.labels = labels; b.batch = BITS_ROWS; b.seq = BITS_SEQ;
+    md.train_all = full;
+    CHECK_MSG(mft_model_load(c, dir, &md, &m) == MFT_OK && (full || mft_lora_attach(m, NULL) == MFT_OK), "%s", mft_error_message(c));
+    count = mft_model_params(m, 1, params, MOST);
+    CHECK(mft_optimizer_create(c, NULL, params, NULL, count, &opt) == MFT_OK);
+    for (step = 0; step <= BITS_STEPS; step++) {
+        if (step < BITS_STEPS) {
+            loss = mft_model_loss(m, &b, 0);
+            out[n++] = mft_tensor_item(loss);
+            CHECK_MSG(mft_backward(c, loss) == MFT_OK, "%s", mft_error_message(c));
+        }
+        for (i = 0; i < count; i++) {
+            const mft_tensor *t = step < BITS_STEPS ? params[i]->grad : params[i];
+            size = mft_tensor_numel(t);
+            CHECK(n + size <= BITS_NUMBERS);
+            memcpy(out + n, t->data, (size_t)size * sizeof *out);
+            n += size;
+        }
+        mft_step_reset(c);
+        CHECK_MSG(step == BITS_STEPS || mft_optimizer_step(opt, 1e-2, NULL) == MFT_OK, "%s", mft_error_message(c));
+    }
+    mft_context_destroy(c);
+    return n;
+}
+
+static void test_same_bits(void)
+{
+    static const int threads[] = { 1, 2, 3, 5 };
+    float  *first = (float *)malloc(BITS_NUMBERS * sizeof *first), *other = (float *)malloc(BITS_NUMBERS * sizeof *other);
+    int     full, precision;
+    int64_t n, k;
+    size_t  t;
+    for (full = 0; full < 2 && first && other; full++) {
+        write_file(in_room("config.json"), bits_configs[full], strlen(bits_configs[full]));
+        ctx = context(1, MFT_PRECISION_F32);
+        CHECK_MSG(mft_model_init(ctx, in_room("config.json"), 3, MFT_BF16, in_room(full ? "full" : "lora")) == MFT_OK, "%s", mft_error_message(ctx));
+        mft_context_destroy(ctx);
+        for (precision = MFT_PRECISION_F32; precision <= MFT_PRECISION_BF16; precision++) for (t = 0; t < sizeof threads / sizeof *threads; t++) {
+            n = bits_of(in_room(full ? "full" : "lora"), full, (mft_precision)precision, threads[t], t ? other : first);
+            for (k = 0; t && k < n && !memcmp(first + k, other + k, sizeof *first); k++) { }
+            CHECK_MSG(!t || k == n, "%s, %s, %s, %d threads: number %lld of %lld is %.9g, not %.9g", row, full ? "all weights" : "LoRA",
+                      precision ? "bf16" : "f32", threads[t], (long long)k, (long long)n, (double)other[k], (double)first[k]);
+        }
+    }
+    free(first); free(other);
+}
+
 int main(void)
 {
     char large[1100];
-    int  i;
+    int  i, found = 0;
     snprintf(large, sizeof large, "%s", test_data("golden"));
-    for (i = 0; mft_kernels_available(i); i++) {
-        row = mft_kernels_available(i);
+    if (!room_make(TEST_SUITE)) return 1;
+    for (i = 0; (row = mft_kernels_available(i)) != NULL; i++) {
+#ifdef TEST_ROW
+        if (strcmp(row, TEST_ROW) != 0) continue;
+#endif
+        found++;
         printf("kernels %s\n", row);
+        TEST(test_same_bits);
         root = "tests/golden";
         TEST(test_set);
+#ifndef TEST_ROW
         root = large;
         TEST(test_set);
+#endif
     }
-    return test_report("golden");
+    if (!found) { test__skipped++; printf("skip: %s: not a row of this machine\n", TEST_SUITE); }
+    remove_dir(room);
+    return test_report(TEST_SUITE);
 }
