@@ -5,7 +5,8 @@
 #   make test       every test, also as C++; larger data in ../shared or $MFT_TEST_DATA is used when it is there
 #   make bench      kernels, ops and training steps beside the machine's measured peak
 #   make bench-memory   training: mode x model x peak x tokens/s, as the README has it (MODELS="gpt2 ..", STEPS=n)
-#   make sanitize   the tests under the address and undefined-behaviour sanitizers, those with threads under the thread sanitizer
+#   make sanitize   the tests under the address and undefined-behaviour sanitizers (sanitize-address), those with threads under
+#                   the thread sanitizer (sanitize-thread)
 #   make fuzz       every parser on its corpus, and FUZZ_SECONDS of new inputs each
 #
 # RUN goes before every program that is run, for emulators:
@@ -20,7 +21,8 @@ LIBS     = -lm -lpthread
 BUILD   ?= build
 RUN     ?=
 FUZZ_SECONDS ?= 10
-SANITIZE      = -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+ALL          ?= all
+SANITIZE      = -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 FUZZ_FLAGS   ?= -O1 $(SANITIZE)
 
 HEADERS  = mft.h mft_safetensors.h mft_models.h
@@ -42,7 +44,8 @@ $(BUILD)/mft: tools/mft.c tools/bench.h tools/report.h $(HEADERS) | $(BUILD)
 INSIDE  := $(patsubst tests/%.c,$(BUILD)/%,$(shell grep -l -e MFT_IMPLEMENTATION -e '"test_.*\.c"' tests/test_*.c))
 OUTSIDE  = $(filter-out $(INSIDE),$(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c)))
 
-# With a sanitizer compiling is what takes the time, so that what computes little is compiled without optimisation.
+# With a sanitizer compiling is what takes the time, so that what computes little is compiled without optimisation,
+# and the debug information is lines alone.
 TEXT = bad_input chat dataset json safetensors tokenizer unicode
 $(TEXT:%=$(BUILD)/test_%) $(EXAMPLES): override CFLAGS := $(CFLAGS_TEXT)
 
@@ -67,8 +70,8 @@ $(BUILD)/%: examples/%.cc $(HEADERS) | $(BUILD)
 $(BUILD)/fuzz_%: tests/fuzz/fuzz_%.c tests/fuzz/fuzz.h $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(FUZZ_FLAGS) $(WARN) -I. -Itests/fuzz -Itests $< -o $@ $(LIBS)
 
-# Runs all of them, sums what they report, fails if one failed.
-test: $(TESTS) $(TESTS_CXX) all
+# Runs all of them, sums what they report, fails if one failed. ALL: what else must build.
+test: $(TESTS) $(TESTS_CXX) $(ALL)
 	@RUN="$(RUN)" BUILD="$(BUILD)" sh tests/run.sh $(TESTS) $(TESTS_CXX)
 
 demo: $(BUILD)/demo
@@ -80,9 +83,13 @@ bench: $(BUILD)/mft
 bench-memory: $(BUILD)/mft
 	@RUN="$(RUN)" BUILD="$(BUILD)" STEPS="$(STEPS)" MODELS="$(MODELS)" sh tools/bench_memory.sh
 
-sanitize:
-	$(MAKE) test BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_TEXT="-O0 $(SANITIZE)"
-	$(MAKE) test BUILD=$(BUILD)/tsan CFLAGS="-O1 -g -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address:
+	$(MAKE) test ALL=$(BUILD)/asan/mft BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_TEXT="-O0 $(SANITIZE)"
+
+sanitize-thread:
+	$(MAKE) test ALL= BUILD=$(BUILD)/tsan CFLAGS="-O1 -g1 -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
 
 fuzz: $(FUZZERS)
 	@RUN="$(RUN)" FUZZ_SECONDS="$(FUZZ_SECONDS)" sh tests/fuzz/run.sh $(FUZZERS)
@@ -90,4 +97,4 @@ fuzz: $(FUZZERS)
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all test demo bench bench-memory sanitize fuzz clean
+.PHONY: all test demo bench bench-memory sanitize sanitize-address sanitize-thread fuzz clean

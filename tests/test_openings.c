@@ -4,7 +4,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE                         /* mkstemp, fdopen; the headers alone need no such thing */
 #endif
-#define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"

@@ -1,7 +1,6 @@
 /* test_statefile.c - full fine-tuning whose weights, gradients and moments lie in a state file: the numbers of the run in
  * memory bit for bit, no more resident than planned, resumed in either mode, and a disk without room for it */
 #define _GNU_SOURCE
-#define MFT_IMPLEMENTATION
 #include "mft.h"
 #include "mft_safetensors.h"
 #include "mft_models.h"
