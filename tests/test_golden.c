@@ -33,6 +33,9 @@ static mft_context *context(int threads, mft_precision precision)
     memset(&d, 0, sizeof d);
     d.n_threads = threads; d.kernels = row; d.precision = precision;
     CHECK(mft_context_create(&d, &c) == MFT_OK);
+#ifndef MFT_NO_THREADS
+    if (c && c->pool) c->pool->most = threads - 1;     /* all of them, as if there were so many cores */
+#endif
     return c;
 }
 

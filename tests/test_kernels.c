@@ -382,22 +382,24 @@ static void test_storage(void)
 /* ---- products ---- */
 typedef struct operand { void *data; float *exact; int64_t rows, cols; mft__matrix m; } operand;
 
-/* [rows, cols] of random numbers, stored row- or column-major with `gap` numbers between lines. Quantised:
- * rows of whole blocks along the stored lines, cut from there. */
+/* [rows, cols] of random numbers, stored row- or column-major with `gap` numbers between lines and before the first.
+ * Quantised: rows of whole blocks along the stored lines, cut from there. */
 static operand operand_make(int64_t rows, int64_t cols, mft_dtype dtype, int by_column, int64_t gap, uint32_t *seed)
 {
     operand o;
     int64_t lines = by_column ? cols : rows, len = by_column ? rows : cols, stride = len + gap, i, j;
     size_t  bytes;
     float  *lf;
+    char   *start;
     if (mft__is_quantized(dtype)) stride = (len + 31) / 32 * 32;
     bytes = mft_dtype_bytes(dtype, stride) * (size_t)lines;
     o.data = malloc(bytes + 64);
+    start  = (char *)o.data + (mft__is_quantized(dtype) ? 2 * (size_t)gap : mft_dtype_bytes(dtype, gap));
     o.exact = (float *)malloc(sizeof(float) * (size_t)(rows * cols));
     o.rows = rows; o.cols = cols;
     lf = (float *)malloc(sizeof(float) * (size_t)stride);
     for (i = 0; i < lines; i++) {
-        char *line = (char *)o.data + mft_dtype_bytes(dtype, stride) * (size_t)i;
+        char *line = start + mft_dtype_bytes(dtype, stride) * (size_t)i;
         if (mft__is_quantized(dtype)) {
             size_t b, block = mft_dtype_bytes(dtype, 32);
             for (b = 0; b < mft_dtype_bytes(dtype, stride); b++) { test_random(seed); line[b] = (char)(*seed >> 24); }
@@ -410,7 +412,7 @@ static operand operand_make(int64_t rows, int64_t cols, mft_dtype dtype, int by_
         for (j = 0; j < len; j++) o.exact[by_column ? j * cols + i : i * cols + j] = lf[j];
     }
     free(lf);
-    o.m.data = o.data; o.m.dtype = dtype;
+    o.m.data = start; o.m.dtype = dtype;
     o.m.row_stride = by_column ? 1 : stride; o.m.col_stride = by_column ? stride : 1;
     return o;
 }
@@ -594,27 +596,49 @@ static void test_product_quantized_not_finite(void)
     mft_context_destroy(ctx);
 }
 
-/* A NaN or an infinity reaches exactly the numbers that depend on it. */
+/* Puts a number that is not finite at (r, c), in a quantised operand as the scale of the block that holds it. */
+static void operand_spoil(operand *o, int64_t r, int64_t c, float bad)
+{
+    int64_t stride = o->m.row_stride == 1 ? o->m.col_stride : o->m.row_stride, line = o->m.row_stride == 1 ? c : r, at = o->m.row_stride == 1 ? r : c, i, j;
+    float  *lf = (float *)malloc(sizeof(float) * (size_t)stride);
+    char   *p = (char *)o->m.data + mft_dtype_bytes(o->m.dtype, stride) * (size_t)line;
+    if (mft__is_quantized(o->m.dtype)) mft__from_float(p + mft_dtype_bytes(o->m.dtype, at / 32 * 32), MFT_F16, &bad, 1);
+    else                               mft__from_float(p + mft_dtype_bytes(o->m.dtype, at), o->m.dtype, &bad, 1);
+    mft__to_float(lf, p, o->m.dtype, stride);
+    for (i = 0; i < o->rows; i++) for (j = 0; j < o->cols; j++)
+        if ((o->m.row_stride == 1 ? j : i) == line) o->exact[i * o->cols + j] = lf[o->m.row_stride == 1 ? i : j];
+    free(lf);
+}
+
+/* A NaN or an infinity reaches exactly the numbers that depend on it: where the formula is not finite and nowhere else. */
 static void test_product_not_finite(void)
 {
-    static const int sizes[][3] = { { 130, 70, 300 }, { 3, 70, 300 }, { 70, 5, 30 } };
-    static const float bad[] = { NAN, HUGE_VALF };
-    mft_context *ctx = context(K->name, 2, MFT_PRECISION_F32);
-    size_t s, q;
-    int    layout, i, j, wrong = 0;
-    for (s = 0; s < sizeof sizes / sizeof *sizes; s++) for (layout = 0; layout < 4; layout++) for (q = 0; q < 2; q++) {
-        int      m = sizes[s][0], n = sizes[s][1], k = sizes[s][2], im = m / 2, jn = n - 1;
-        uint32_t seed = 4;
-        operand  a = operand_make(m, k, MFT_F32, layout & 1, 0, &seed), b = operand_make(k, n, MFT_F32, layout >> 1, 0, &seed);
-        float   *c = (float *)malloc(sizeof(float) * (size_t)(m * n));
-        ((float *)a.data)[im * a.m.row_stride + (k - 1) * a.m.col_stride] = bad[q];
-        ((float *)b.data)[jn * b.m.col_stride] = bad[q];
-        mft__gemm(ctx, m, n, k, 1, a.m, b.m, NULL, 0, c, n);
-        for (i = 0; i < m; i++) for (j = 0; j < n; j++) wrong += (c[i * n + j] - c[i * n + j] != 0) != (i == im || j == jn);
-        operand_free(&a); operand_free(&b); free(c);
+    static const int sizes[][3] = { { 37, 70, 300 }, { 3, 70, 300 }, { 70, 5, 30 }, { 1, 70, 130 }, { 130, 33, 9 } };
+    static const mft_dtype types[] = { MFT_F32, MFT_F16, MFT_BF16, MFT_Q8_0, MFT_Q4_0 };
+    static const float bad[] = { NAN, HUGE_VALF, -HUGE_VALF };
+    size_t s, q, t;
+    int    layout, precision, i, j, p, wrong;
+    for (precision = MFT_PRECISION_F32; precision <= MFT_PRECISION_BF16; precision++) {
+        mft_context *ctx = context(K->name, 2, (mft_precision)precision);
+        for (s = 0; s < sizeof sizes / sizeof *sizes; s++) for (layout = 0; layout < 4; layout++) for (t = 0; t < sizeof types / sizeof *types; t++) for (q = 0; q < 3; q++) {
+            int      m = sizes[s][0], n = sizes[s][1], k = sizes[s][2], gap = (int)(s + t + q) % 3;
+            uint32_t seed = 4;
+            operand  a = operand_make(m, k, MFT_F32, layout & 1, gap, &seed), b = operand_make(k, n, types[t], layout >> 1, gap, &seed);
+            float   *c = (float *)malloc(sizeof(float) * (size_t)(m * n));
+            if (q != 1) operand_spoil(&a, m / 2, k - 1, bad[q]);
+            if (q != 2) operand_spoil(&b, 0, n - 1, bad[q]);
+            mft__gemm(ctx, m, n, k, 1, a.m, b.m, NULL, 0, c, n);
+            for (wrong = i = 0; i < m; i++) for (j = 0; j < n; j++) {
+                double y = 0;
+                for (p = 0; p < k; p++) y += (double)a.exact[i * k + p] * b.exact[p * n + j];
+                wrong += (c[i * n + j] - c[i * n + j] != 0) != (y - y != 0);
+            }
+            CHECK_MSG(wrong == 0, "%s, %s: %dx%dx%d of %s, layout %d, %g: %d numbers wrong", K->name, precision ? "bf16" : "f32", m, n, k,
+                      mft_dtype_name(types[t]), layout, (double)bad[q], wrong);
+            operand_free(&a); operand_free(&b); free(c);
+        }
+        mft_context_destroy(ctx);
     }
-    CHECK(wrong == 0);
-    mft_context_destroy(ctx);
 }
 
 /* Planning takes the workspace on paper; running gives all of it back. */

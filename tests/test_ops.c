@@ -1014,6 +1014,67 @@ static void test_attention_not_finite(void)
     }
 }
 
+/* Infinite scores, by the formula in double: minus infinity is a key that is not seen, a tile of nothing else as well;
+ * infinity (or nothing but minus infinity) is a quotient that is no number; with a softcap each is the cap, a number. */
+static int64_t bad_scores(mft_context *ctx, int keys, float bad, float softcap, int window)
+{
+    mft_tensor *in[3], *y;
+    mft_attention_desc d;
+    int64_t     shape[4] = { 1, BAD_T, 1, BAD_D }, wrong = 0, t, s, i;
+    uint32_t    seed = 6;
+    int         p;
+    memset(&d, 0, sizeof d);
+    d.window = window; d.softcap = softcap;
+    for (p = 0; p < 3; p++) {
+        in[p] = mft_tensor_create(ctx, MFT_HELD, MFT_F32, 4, shape);
+        for (i = 0; i < BAD_T * BAD_D; i++) ((float *)in[p]->data)[i] = test_random(&seed);
+    }
+    for (s = 0; s < keys; s++) ((float *)in[1]->data)[s * BAD_D] = bad;
+    y = mft_attention(ctx, in[0], in[1], in[2], &d);
+    for (t = 0; y && t < BAD_T; t++) {
+        double score[BAD_T], most = -HUGE_VAL, sum = 0, out[BAD_D] = { 0 };
+        for (s = 0; s <= t; s++) {
+            if (!bad_sees(t, s, window, NULL)) continue;
+            for (score[s] = i = 0; i < BAD_D; i++) score[s] += (double)((float *)in[0]->data)[t * BAD_D + i] * ((float *)in[1]->data)[s * BAD_D + i];
+            score[s] /= sqrt(BAD_D);
+            if (softcap > 0) score[s] = softcap * tanh(score[s] / softcap);
+            if (score[s] > most) most = score[s];
+        }
+        for (s = 0; s <= t; s++) {
+            if (!bad_sees(t, s, window, NULL)) continue;
+            score[s] = exp(score[s] - most);
+            sum += score[s];
+            for (i = 0; i < BAD_D; i++) out[i] += score[s] * ((float *)in[2]->data)[s * BAD_D + i];
+        }
+        for (i = 0; i < BAD_D; i++) {
+            float v = ((float *)y->data)[t * BAD_D + i];
+            wrong += sum - sum != 0 ? v - v == 0 : !(fabs(v - out[i] / sum) < 2e-6);        /* as test_attention; seen: 2.2e-7 */
+        }
+    }
+    mft_step_reset(ctx);
+    for (p = 0; p < 3; p++) mft_tensor_destroy(ctx, in[p]);
+    return y ? wrong : -1;
+}
+
+static void test_attention_infinite_scores(void)
+{
+    static const int keys[] = { 1, 40, 101 };
+    const char *row;
+    int         r, k, kind;
+    for (r = 0; (row = mft_kernels_available(r)) != NULL; r++) {
+        mft_context_desc d;
+        mft_context     *ctx = NULL;
+        memset(&d, 0, sizeof d);
+        d.kernels = row; d.n_threads = 1;
+        CHECK(mft_context_create(&d, &ctx) == MFT_OK);
+        for (k = 0; k < 3; k++) for (kind = 0; kind < 8; kind++) {
+            int64_t wrong = bad_scores(ctx, keys[k], kind & 1 ? -INFINITY : INFINITY, kind & 2 ? 3.0f : 0, kind & 4 ? 70 : 0);
+            CHECK_MSG(wrong == 0, "%s: %d keys, kind %d: %d numbers", row, keys[k], kind, (int)wrong);
+        }
+        mft_context_destroy(ctx);
+    }
+}
+
 /* The formulas of derivative_attention against differences, without the library. */
 static void test_attention_oracle(void)
 {
@@ -1527,6 +1588,7 @@ int main(void)
     TEST(test_matmul); TEST(test_gram); TEST(test_linear); TEST(test_lora_linear); TEST(test_dora_linear);
     TEST(test_embedding); TEST(test_norms); TEST(test_rope);
     TEST(test_attention_not_finite);
+    TEST(test_attention_infinite_scores);
     TEST(test_attention_oracle); TEST(test_attention); TEST(test_attention_long); TEST(test_attention_fused);
     TEST(test_cross_entropy); TEST(test_linear_cross_entropy); TEST(test_tied_head); TEST(test_micro_batch_without_labels);
     TEST(test_dropout); TEST(test_adapter_dropout); TEST(test_threads_same_bits);
