@@ -2771,7 +2771,7 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   where k lies side by side in both, turning the output once is far cheaper than turning w, so x
  *   becomes v and w is read in rows as it lies.
  *
- *   tiles    a block of v (all of k, up to 256 lanes) is packed by all threads together; then each task
+ *   tiles    a block of v (all of k, up to 12 panels) is packed by all threads together; then each task
  *            takes a group of strips of s through all of k
  *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
  *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA);
@@ -2781,11 +2781,21 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *            and columns on their way out, so u b^T costs no pass over y of its own
  *
  *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
- *   follow the number of threads. The register tile alone reaches 98 % of the multiply-adds' peak; what is lost
- *   goes into packing and waiting for memory, so each strip asks ahead for what comes next (mft__ask): without
- *   that a fifth of the time passes waiting. On one core of a Xeon (Emerald Rapids class, AVX-512, `mft bench
- *   kernels --threads 1`, peak 198 GFLOPS): x w^T 128 x 4864 x 896 84 % (f32 w), 85 % (bf16, in place), 62 %
- *   (Q8_0), 73 % (Q4_0); dy w 74 %; dy^T x 768 x 3072 x 1024 72 %. With the AVX2 row 82, 82, 75, 79, 77, 75 %. */
+ *   follow the number of threads. Tasks are cut as even as can be, as many for each thread: at 896
+ *   rows fixed sizes left one of two threads idle a tenth of the time.
+ *
+ *   The register tile alone reaches 98 % of the multiply-adds' peak; what is lost goes into packing and waiting for
+ *   memory. So each strip asks ahead for what comes after the next (mft__ask): without that a fifth of the time
+ *   passes waiting. The next strips of floats are copied between the present one's multiply-adds, which leave
+ *   the ports for it (mft__carry): 5 % of the time at 128 lanes, 14 % where rows of s lie side by side, each k on a page of
+ *   its own. Copying the panels of v so was slower than by the first strip on its way (80 % of the peak, not 90: dy w
+ *   128 x 640 x 1024), and so was sharing a page's visit among four panels.
+ *
+ *   On one core of a Xeon (Emerald Rapids class, AVX-512, `mft bench kernels --threads 1`; shares of the peak measured
+ *   beside each line, some points apart from run to run as neighbours come and go): x w^T 128 x 4864 x 896 80 % (f32 w), 86 %
+ *   (bf16), 80 % (Q8_0), 81 % (Q4_0); dy w 128 x 640 x 1024 90 %, 128 x 896 x 4864 88 % (bf16), 78 % (f32); x w
+ *   128 x 2304 x 768 78 %; x^T dy 768 x 3072 x 1024 78 %. With the AVX2 row 87, 88, 86, 87, 90, 88, 83, 86, 74 %; with two
+ *   threads of AVX-512 79, 83, 80, 77, 84, 84, 75, 75, 73 %. */
 typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN } mft__gemm_way;
 
 static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
@@ -6824,18 +6834,21 @@ MFT__HELP void MFT__FN(gemm_next)(const mft__gemm_job *g, int64_t begin, int64_t
 }
 
 /* What memory to ask for while strip `part` of `parts` from row i on is multiplied: strips of s, those after the ones that
- * are copied meanwhile; of v the next block of k, in panels unless the second cache still has them, or where the worker's
- * next lanes lie; at last the place in c. Of v and c each strip asks for its share. */
-MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0, int64_t part, int64_t parts, int direct)
+ * are copied meanwhile, of the worker's next task at the end; of v the next block of k, in panels unless the second cache still
+ * has them, or where the worker's next lanes lie; at last the place in c. Of v and c each strip asks for its share. */
+MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, int64_t begin, int64_t end, int64_t i, int64_t p0,
+                                 int64_t part, int64_t parts, int direct)
 {
-    int64_t     height = g->row->height, lanes = mft__round_up(x->lanes, MFT__P * MFT__W), all = (end - begin - 1) / height + 1, at = (i - begin) / height + part, kc = mft__min64(g->k - p0, MFT__KC);
+    int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part;
+    int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min64(g->k - p0, MFT__KC);
     int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc), s_i = i, s_p = p0, s_end = end;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (g->row->k_step == 1) MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (s_p >= g->k) { s_i += g->s_next - begin; s_p = 0; s_end = g->s_end; }
-    if (s_i < s_end) x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
+    if (s_i < s_end)
+        x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
     if (next && g->packed) {
         from.data = g->packed + g->v_terms * cells * lanes;
         if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * lanes * mft__gemm_cells(g->row, next) / 16, 0, 16, at, all);
