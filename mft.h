@@ -6638,6 +6638,26 @@ MFT__BODY void MFT__FN(cells)(float *dst, const float *src, int64_t count, int64
     }
 }
 
+/* Whole panels of quantised rows along the lanes: one block of each k, `pitch` bytes apart, of which this is panel `part`;
+ * dtype and part are constants once inlined. */
+MFT__HELP void MFT__FN(gemm_panel_quants)(mft_dtype dtype, int part, float *dst, const uint8_t *block, int64_t pitch, int64_t kc)
+{
+    enum { LANES = MFT__P * MFT__W, AHEAD = 8 };
+    float   scales[1][MFT__SCALES];
+    MFT__V  q[32 / MFT__W], scale;
+    int64_t p;
+    int     j;
+    for (p = 0; p < kc; p++, block += pitch, dst += LANES) {
+        const void *row = block;
+        if (p % MFT__SCALES == 0) MFT__FN(load_scales)(scales, 1, &row, 0, pitch, kc - p);
+        if (p + AHEAD < kc) __builtin_prefetch(block + AHEAD * pitch, 0, 2);
+        scale = MFT__SET1(scales[0][p % MFT__SCALES]);
+        MFT__FN(load_quants)(q, dtype, block);
+        MFT__UNROLL
+        for (j = 0; j < MFT__P; j++) MFT__STORE(dst + j * MFT__W, scale * q[part * MFT__P + j]);
+    }
+}
+
 /* One panel of the vector side, [cell][lane], for k in [p0, p0 + kc), its terms one after the other; zeros
  * where there are no lanes, and where k is filled up to whole steps. */
 MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l0, int64_t lanes, int64_t p0, int64_t kc)
@@ -6647,6 +6667,17 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
     int64_t all = mft__gemm_cells(g->row, kc), p, c, l;
     int     t, pairs = g->row->k_step > 1;
     if (g->v.row_stride == 1 && !pairs) {                       /* lanes lie side by side, as panels want them */
+        int64_t at = g->v_begin + l0, pitch = (int64_t)mft_dtype_bytes(g->v.dtype, g->v.col_stride * 32) / 32;
+        if (lanes == LANES && at % LANES == 0 && mft__is_quantized(g->v.dtype)) {
+            const uint8_t *block = (const uint8_t *)g->v.data + mft_dtype_bytes(g->v.dtype, at / 32 * 32) + p0 * pitch;
+            MFT__UNROLL
+            for (t = 0; t < 32 / LANES; t++) {
+                if (at % 32 / LANES != t) continue;
+                if (g->v.dtype == MFT_Q8_0) MFT__FN(gemm_panel_quants)(MFT_Q8_0, t, dst, block, pitch, kc);
+                else                        MFT__FN(gemm_panel_quants)(MFT_Q4_0, t, dst, block, pitch, kc);
+            }
+            return;
+        }
         for (p = 0; p < kc; p++, dst += LANES) {
             const float *src;
             if (lanes == LANES && g->v.dtype == MFT_BF16) {     /* most of what training packs so: dy w */
@@ -7164,6 +7195,41 @@ MFT__HELP void MFT__FN(gemm_sums_four)(int nq, float *y, int64_t ld, const float
     }
 }
 
+/* y[i] += sum over four neighbours p of x[i, p] row[p] over `blocks` quantised blocks, numbers used as they come out of
+ * their blocks; dtype is a constant once inlined. */
+MFT__HELP void MFT__FN(gemm_sums_quants)(mft_dtype dtype, float *y, int64_t ld, const mft__matrix *x, int64_t n_rows, int64_t p, const void *const *rows, int64_t blocks)
+{
+    int64_t size = dtype == MFT_Q8_0 ? 34 : 18, b, r;
+    float   scales[4][MFT__SCALES];
+    MFT__V  q[4][32 / MFT__W];
+    int     part, j, i;
+    MFT__FN(load_scales)(scales, 4, rows, 0, size, blocks);
+    for (b = 0; b < blocks; b++, y += 32) {
+        MFT__UNROLL
+        for (part = 0; part < 32 / MFT__W; part += 2) {         /* 4 x 2 vectors at a time: 16 registers hold them */
+            MFT__UNROLL
+            for (j = 0; j < 4; j++) MFT__FN(load_quants)(q[j], dtype, (const uint8_t *)rows[j] + b * size);
+            for (r = 0; r < n_rows; r++) {
+                const float *from = (const float *)x->data + r * x->row_stride + p * x->col_stride;
+                MFT__V t[2], f;
+                f = MFT__SET1(from[0] * scales[0][b]);
+                t[0] = f * q[0][part]; t[1] = f * q[0][part + 1];
+                MFT__UNROLL
+                for (j = 1; j < 4; j++) {
+                    f = MFT__SET1(from[j * x->col_stride] * scales[j][b]);
+                    MFT__UNROLL
+                    for (i = 0; i < 2; i++) t[i] = MFT__FMA(f, q[j][part + i], t[i]);
+                }
+                MFT__UNROLL
+                for (i = 0; i < 2; i++) {
+                    float *to = y + r * ld + (part + i) * MFT__W;
+                    MFT__STORE(to, MFT__LOAD(to) + t[i]);
+                }
+            }
+        }
+    }
+}
+
 /* Lanes [begin, end) of few rows:  c[i] += s[i, p] v[p], four p at a time, the lanes side by side where
  * they lie (decoding with weights stored [in, out]). */
 MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int worker)
@@ -7177,7 +7243,14 @@ MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int wor
     for (p = 0; p < g->k; p += 4) {
         const float *v[4];
         int          np = (int)mft__min64(g->k - p, 4);
-        if (p + 8 <= g->k) MFT__FN(prefetch)(&g->v, begin, p + 4, 4, n);
+        if (p + 12 <= g->k) MFT__FN(prefetch)(&g->v, begin, p + 8, 4, n);
+        if (np == 4 && mft__is_quantized(g->v.dtype)) {         /* begin is that of a block */
+            const void *q[4];
+            for (j = 0; j < 4; j++) q[j] = (const char *)g->v.data + mft_dtype_bytes(g->v.dtype, begin + (p + j) * g->v.col_stride);
+            if (g->v.dtype == MFT_Q8_0) MFT__FN(gemm_sums_quants)(MFT_Q8_0, sums, ld, &g->s, g->s_count, p, q, (n + 31) / 32);
+            else                        MFT__FN(gemm_sums_quants)(MFT_Q4_0, sums, ld, &g->s, g->s_count, p, q, (n + 31) / 32);
+            continue;
+        }
         for (j = 0; j < np; j++) v[j] = MFT__FN(fetch)(rows + j * ld, &g->v, begin, p + j, n);
         for (r = 0; r < g->s_count; r += 2) {
             const float *x[2];
