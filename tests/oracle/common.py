@@ -52,10 +52,10 @@ class Result:
         return json.loads(self.out)
 
 
-def mft(*args, code=0, timeout=300, env=None, cwd=None):
-    """Runs `mft ARGS`, which must end with `code` (None: any of the documented ones)."""
+def mft(*args, code=0, timeout=300, env=None, cwd=None, program=None):
+    """Runs `mft ARGS` (or another program), which must end with `code` (None: any of the documented ones)."""
     args = [str(a) for a in args]
-    p = subprocess.run([MFT] + args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+    p = subprocess.run([program or MFT] + args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
                        timeout=timeout, cwd=cwd, env=dict(os.environ, **(env or {})))
     out, err = p.stdout.decode("utf-8", "replace"), p.stderr.decode("utf-8", "replace")
     ok = p.returncode in (0, 1, 2) if code is None else p.returncode == code
