@@ -1837,7 +1837,8 @@ typedef struct mft__gemm_job {
     const float *bias;                             /* along n, the columns of c                */
     float       *c;
     int64_t      ldc;
-    int          swapped, add;
+    const float *plus;                             /* what is added, lying as c does; may be c; NULL: nothing */
+    int          swapped;
     mft__tail    tail;                             /* k 0: none; rows of b end on whole vectors */
     float       *packed;                           /* the block of v in panels, or v in digits */
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
@@ -2522,7 +2523,7 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
         for (i = 0; i < nr; i++) {
             int64_t row = r0 + i, lane = g->v_begin;
             float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane, y = g->alpha * vaddvq_f32(sums[i]);
-            if (g->add)  y += *c;
+            if (g->plus) y += g->plus[c - g->c];
             if (g->bias) y += g->bias[g->swapped ? row : lane];
             *c = y;
         }
@@ -2620,7 +2621,7 @@ MFT__NEON_I8MM_TARGET static void mft__digits_tile(const mft__gemm_job *g, int64
         if (lane >= g->v_count || first[q].step[0] != first[q].step[0]) continue;
         vst1q_f32(four, sums[q][r / 2]);
         y = g->alpha * four[r % 2 * 2 + l];
-        if (g->add)  y += *c;
+        if (g->plus) y += g->plus[c - g->c];
         if (g->bias) y += g->bias[g->swapped ? at : lane];
         *c = y;
     }
@@ -2945,13 +2946,13 @@ static void mft__bounce_run(void *arg, int64_t begin, int64_t end, int worker)
 /* c by the app's products: 1; 0 if they are not for this product; -1 if the step has failed. While planning, only the
  * memory for converted weights is taken. Not to be mixed with declining later: c may have been written to. */
 static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
-                              const float *bias, int add, float *c, int64_t ldc)
+                              const float *bias, const float *plus, float *c, int64_t ldc)
 {
     const mft_products *p = &ctx->products;
     int      ta = a.col_stride != 1, tb = b.col_stride != 1, failed = 0, odd_a = a.dtype != MFT_F32, odd_b = b.dtype != MFT_F32;
     int64_t  lda = ta ? a.col_stride : a.row_stride, ldb = tb ? b.col_stride : b.row_stride;
     int64_t  lines = odd_a ? (ta ? k : m) : tb ? n : k, cols = odd_a ? (ta ? m : k) : tb ? k : n, pitch, step, at, i, j;
-    float    beta = add || bias ? 1.0f : 0.0f, *bounce = NULL;
+    float    beta = plus || bias ? 1.0f : 0.0f, *bounce = NULL;
     size_t   bytes = 0;
     mft__bounce_task t;
     if (!p->sgemm || (double)m * (double)n * (double)k < (p->least > 0 ? p->least : 1e6) || (odd_a && odd_b)) return 0;
@@ -2965,7 +2966,8 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
         if (!bounce) return -1;
     }
     if (MFT__RUNS(ctx)) {
-        for (i = 0; bias && i < m; i++) for (j = 0; j < n; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + bias[j];
+        for (i = 0; (bias || plus != c) && beta > 0 && i < m; i++)
+            for (j = 0; j < n; j++) c[i * ldc + j] = (plus ? plus[i * ldc + j] : 0) + (bias ? bias[j] : 0);
         if (!bounce) failed = mft__products_fit(p, ta, tb, m, n, k, alpha, (const float *)a.data, lda, (const float *)b.data, ldb, beta, c, ldc);
         t.k = ctx->kernels; t.dst = bounce; t.pitch = pitch;
         t.dtype = odd_a ? a.dtype : b.dtype; t.stride = odd_a ? lda : ldb; t.cols = mft__is_quantized(t.dtype) ? pitch : cols;
@@ -2986,11 +2988,12 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
     return -1;
 }
 
-/* c[m,n] = (add ? c : 0) + alpha sum_k a[m,k] b[k,n] + bias[n] + tail.  c f32, rows ldc apart; bias, tail may be NULL.
+/* c[m,n] = plus[m,n] + alpha sum_k a[m,k] b[k,n] + bias[n] + tail.  c f32, rows ldc apart, and so plus, which may be c;
+ * plus, bias and tail may be NULL.
  * Takes its workspace from the high end, while planning takes it only on paper.
  * 0 with the sentence set when that is not to be had. */
 static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
-                            const float *bias, int add, float *c, int64_t ldc, const mft__tail *tail)
+                            const float *bias, const float *plus, float *c, int64_t ldc, const mft__tail *tail)
 {
     mft__gemm_job  g, turned;
     mft__gemm_way  way;
@@ -3002,12 +3005,12 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     char          *memory;
 
     if (m < 1 || n < 1 || k < 1) return 1;
-    theirs = mft__gemm_products(ctx, m, n, k, alpha, a, b, bias, add, c, ldc);
+    theirs = mft__gemm_products(ctx, m, n, k, alpha, a, b, bias, plus, c, ldc);
     if (theirs) return theirs > 0 && (!tail || mft__gemm(ctx, m, n, tail->k, tail->scale, tail->a, tail->b, NULL, 1, c, ldc));
     bt.row_stride = b.col_stride; bt.col_stride = b.row_stride;         /* row l of it is column l of b */
     memset(&g, 0, sizeof g);
     g.s = a; g.v = bt; g.s_count = m; g.v_count = n; g.k = k;
-    g.alpha = alpha; g.bias = bias; g.add = add; g.c = c; g.ldc = ldc;
+    g.alpha = alpha; g.bias = bias; g.plus = plus; g.c = c; g.ldc = ldc;
     turned = g;
     turned.s = bt; turned.v = a; turned.s_count = n; turned.v_count = m; turned.swapped = 1;
     mft__gemm_terms(ctx->kernels, ctx->precision, &g);
@@ -3099,11 +3102,11 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     return !tail || mft__gemm(ctx, m, n, tail->k, tail->scale, tail->a, tail->b, NULL, 1, c, ldc);
 }
 
-/* The same without a tail. */
+/* The same without a tail, added to c or not. */
 static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
                      const float *bias, int add, float *c, int64_t ldc)
 {
-    return mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, NULL);
+    return mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, add ? c : NULL, c, ldc, NULL);
 }
 
 /* ==============================================================================
@@ -3964,15 +3967,15 @@ MFT_API mft_tensor *mft_contiguous(mft_context *ctx, mft_tensor *x)
 /* ---- products ---- */
 /* A product inside an op: memory out is the step's failure. */
 static void mft__product_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
-                                const float *bias, int add, float *c, int64_t ldc, const mft__tail *tail)
+                                const float *bias, const float *plus, float *c, int64_t ldc, const mft__tail *tail)
 {
-    if (!mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, tail)) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
+    if (!mft__gemm_tailed(ctx, m, n, k, alpha, a, b, bias, plus, c, ldc, tail)) mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
 }
 
 static void mft__product(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
                          const float *bias, int add, float *c, int64_t ldc)
 {
-    mft__product_tailed(ctx, m, n, k, alpha, a, b, bias, add, c, ldc, NULL);
+    mft__product_tailed(ctx, m, n, k, alpha, a, b, bias, add ? c : NULL, c, ldc, NULL);
 }
 
 /* matmul, matrix by matrix:  da = dy b^T,  db = a^T dy */
@@ -4075,12 +4078,14 @@ static mft_tensor *mft__linear_result(mft_context *ctx, const mft_tensor *x, con
     return mft__result(ctx, x->ndim, shape);
 }
 
-static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, const mft__tail *tail, mft_tensor *y)
+/* What comes on top, plus and tail, is added on the product's way out. */
+static void mft__linear_forward(mft_context *ctx, const mft_tensor *x, const mft_tensor *w, const mft_tensor *bias, const mft_tensor *plus,
+                                const mft__tail *tail, mft_tensor *y)
 {
     int64_t in = w->shape[1], out = w->shape[0], rows = mft_tensor_numel(x) / in;
     if (!mft__need(ctx, w, 0, out * in)) return;
     mft__product_tailed(ctx, rows, out, in, 1, mft__matrix_f32((const float *)x->data, in, 1), mft__matrix_of(w->data, w->dtype, w->stride[1], w->stride[0]),
-                        bias ? (const float *)bias->data : NULL, 0, (float *)y->data, out, tail);
+                        bias ? (const float *)bias->data : NULL, plus ? (const float *)plus->data : NULL, (float *)y->data, out, tail);
     mft__passed(ctx, w, 0, out * in);
 }
 
@@ -4102,31 +4107,41 @@ static void mft__linear_gradients(mft_context *ctx, mft_tensor *x, mft_tensor *w
         float *dx = mft__grad(ctx, x, &add);
         if (dx && mft__need(ctx, w, 0, out * in))
             mft__product_tailed(ctx, rows, in, out, 1, mft__matrix_f32(dy, out, 1), mft__matrix_of(w->data, w->dtype, w->stride[0], w->stride[1]),
-                                NULL, add, dx, in, tail);
+                                NULL, add ? dx : NULL, dx, in, tail);
         mft__passed(ctx, w, 0, out * in);
     }
 }
 
 static void mft__linear_backward(mft_context *ctx, mft__record *r)
 {
+    if (r->in[3] && r->in[3]->trainable) mft__pass_on(ctx, r->in[3], mft__dy(r), 1);
     mft__linear_gradients(ctx, r->in[0], r->in[1], r->in[2], mft__dy(r), NULL);
 }
 
-MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias)
+/* plus + x w^T + bias in one pass over y, and without a tensor for the product alone; plus, of y's shape, may be NULL. */
+static mft_tensor *mft__linear_onto(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias, mft_tensor *plus)
 {
-    mft__mark   mark;
-    mft_tensor *y;
-    int         wants;
+    mft__mark    mark;
+    mft__record *r;
+    mft_tensor  *y;
+    int          wants;
     if (!mft__op_inputs(ctx, "mft_linear", ctx && mft__fresh(x) && mft__fresh(w))) return NULL;
     mark = mft__low_mark(ctx);
-    if (!(x = mft__linear_input(ctx, "mft_linear", x, w, bias)) || !(y = mft__linear_result(ctx, x, w))) return NULL;
+    if (!(x = mft__linear_input(ctx, "mft_linear", x, w, bias)) || (plus && !(plus = mft__plain_input(ctx, "mft_linear", plus)))) return NULL;
+    if (!(y = mft__linear_result(ctx, x, w))) return NULL;
     wants  = mft__wants_grad(ctx, x);
     wants |= mft__wants_grad(ctx, w);
     wants |= mft__wants_grad(ctx, bias);
-    if (wants && !mft__record_op(ctx, mark, y, mft__linear_backward, x, w, bias)) return NULL;
-    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, NULL, y);
+    wants |= mft__wants_grad(ctx, plus);
+    if (wants) {
+        if (!(r = mft__record_op(ctx, mark, y, mft__linear_backward, x, w, bias))) return NULL;
+        r->in[3] = plus;
+    }
+    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, plus, NULL, y);
     return ctx->step_status == MFT_OK ? y : NULL;
 }
+
+MFT_API mft_tensor *mft_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias) { return mft__linear_onto(ctx, x, w, bias, NULL); }
 
 /* ---- embedding:  dtable[id] += dy, token by token in order; threads divide the columns ---- */
 typedef struct mft__embedding_task {
@@ -4529,6 +4544,7 @@ static void mft__lora_backward(mft_context *ctx, mft__record *rec)
     int         add;
     mft__tail   tail;
 
+    if (rec->in[5] && rec->in[5]->trainable) mft__pass_on(ctx, rec->in[5], dy, 1);
     if (b->trainable && (grad = mft__grad(ctx, b, &add)) != NULL)
         mft__product(ctx, out, rank, rows, scale, mft__matrix_f32(dy, 1, out), mft__matrix_f32(rec->saved, rank, 1), NULL, add, grad, rank);
     if (!(g = (float *)mft__high(ctx, g_bytes))) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
@@ -4554,8 +4570,9 @@ static void mft__lora_backward(mft_context *ctx, mft__record *rec)
     mft__high_free(ctx, g, g_bytes);
 }
 
-MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
-                                    mft_tensor *a, mft_tensor *b, float scale, float dropout)
+/* The same on top of plus, see mft__linear_onto. */
+static mft_tensor *mft__lora_linear_onto(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                         mft_tensor *a, mft_tensor *b, float scale, float dropout, mft_tensor *plus)
 {
     mft__mark    mark;
     mft__record *rec;
@@ -4568,7 +4585,7 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     mft__tail    tail;
     if (!mft__op_inputs(ctx, "mft_lora_linear", ctx && mft__fresh(x) && mft__fresh(w) && mft__fresh(a) && mft__fresh(b))) return NULL;
     mark = mft__low_mark(ctx);
-    if (!(x = mft__linear_input(ctx, "mft_lora_linear", x, w, bias))) return NULL;
+    if (!(x = mft__linear_input(ctx, "mft_lora_linear", x, w, bias)) || (plus && !(plus = mft__plain_input(ctx, "mft_lora_linear", plus)))) return NULL;
     in = w->shape[1]; out = w->shape[0]; rows = mft_tensor_numel(x) / in;
     if (a->ndim != 2 || !mft__plain(a) || a->shape[1] != in) return mft__op_shapes(ctx, "mft_lora_linear", w, a);
     rank = a->shape[0];
@@ -4579,6 +4596,7 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     wants |= mft__wants_grad(ctx, bias);
     wants |= mft__wants_grad(ctx, a);
     wants |= mft__wants_grad(ctx, b);
+    wants |= mft__wants_grad(ctx, plus);
     /* u is kept for db; without a record it is only passing through */
     u = (float *)(wants ? mft__low(ctx, (size_t)(rows * rank) * sizeof(float)) : mft__high(ctx, (size_t)(rows * rank) * sizeof(float)));
     if (!u) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
@@ -4586,7 +4604,7 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     if (drops) stream = mft__draw_stream(ctx);
     if (wants) {
         if (!(rec = mft__record_op(ctx, mark, y, mft__lora_backward, x, w, bias))) return NULL;
-        rec->in[3] = a; rec->in[4] = b; rec->saved = u;
+        rec->in[3] = a; rec->in[4] = b; rec->in[5] = plus; rec->saved = u;
         rec->f[0] = scale; rec->f[1] = drops ? dropout : 0; rec->i[0] = (int64_t)stream;
     }
     xd = (float *)x->data; x_bytes = (size_t)(rows * in) * sizeof(float);
@@ -4597,9 +4615,15 @@ MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor 
     mft__product(ctx, rows, rank, in, 1, mft__matrix_f32(xd, in, 1), mft__matrix_f32((const float *)a->data, 1, in), NULL, 0, u, rank);
     if (drops) mft__high_free(ctx, xd, x_bytes);
     tail = mft__tail_of(u, (const float *)b->data, 1, rank, rank, scale);
-    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, &tail, y);
+    if (!ctx->result_unread) mft__linear_forward(ctx, x, w, bias, plus, &tail, y);
     if (!wants) mft__high_free(ctx, u, (size_t)(rows * rank) * sizeof(float));
     return ctx->step_status == MFT_OK ? y : NULL;
+}
+
+MFT_API mft_tensor *mft_lora_linear(mft_context *ctx, mft_tensor *x, mft_tensor *w, mft_tensor *bias,
+                                    mft_tensor *a, mft_tensor *b, float scale, float dropout)
+{
+    return mft__lora_linear_onto(ctx, x, w, bias, a, b, scale, dropout, NULL);
 }
 
 /* ---- DoRA ---- */
@@ -6823,7 +6847,7 @@ MFT__HELP void MFT__FN(gemm_finish)(const mft__gemm_job *g, const float *sums, i
         float *c = g->c + (i + r) * g->ldc + j;
         x = MFT__SET1(0.0f);
         if (sums)    x = MFT__SET1(g->alpha) * MFT__LOAD(sums + r * ld);
-        if (g->add)  x += MFT__FN(in)(c, n);
+        if (g->plus) x += MFT__FN(in)(g->plus + (c - g->c), n);
         if (g->bias) x += MFT__FN(in)(g->bias + j, n);
         if (t->k)    x += MFT__SET1(t->scale) * y[r];
         MFT__FN(out)(c, n, x);
@@ -6933,7 +6957,7 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     float   *tile  = now + mft__gemm_strips(g) * strip, *own = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * n_panels * LANES, *swap;
     int      raw   = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
     int      direct = g->k <= MFT__KC && !g->swapped && g->row->k_step == 1 && g->alpha == 1 && !g->bias && !g->tail.k
-                   && g->v_count % LANES == 0 && (end - begin) % (MFT__H / 3) == 0;
+                   && (!g->plus || g->plus == g->c) && g->v_count % LANES == 0 && (end - begin) % (MFT__H / 3) == 0;
     mft__gemm_strip x;
 
     memset(&x, 0, sizeof x);
@@ -6944,7 +6968,7 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
         int64_t kc = mft__min64(g->k - p0, MFT__KC);
         x.cells = mft__gemm_cells(g->row, kc);
-        x.v_panel = LANES * x.cells; x.add = p0 != 0 || (direct && g->add);
+        x.v_panel = LANES * x.cells; x.add = p0 != 0 || (direct && g->plus);
         x.v = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * n_panels * LANES : own;
         for (q = 0; q < n_panels && !g->packed && !raw; q++)
             MFT__FN(gemm_panel)(g, own + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
@@ -7161,7 +7185,7 @@ MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int wor
                 int64_t row = i + r * apart, lane = g->v_begin + l0 + l;
                 float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane;
                 float   y = g->alpha * out[4 * r + l];
-                if (g->add)  y += *c;
+                if (g->plus) y += g->plus[c - g->c];
                 if (g->bias) y += g->bias[g->swapped ? row : lane];
                 *c = y;
             }
@@ -7264,14 +7288,14 @@ MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int wor
     }
     for (i = 0; g->swapped && i < n; i++) {                     /* c[lane][row] */
         float *c = g->c + (begin + i) * g->ldc;
-        for (r = 0; r < g->s_count; r++) c[r] = (g->add ? c[r] : 0) + g->alpha * sums[r * ld + i] + (g->bias ? g->bias[r] : 0);
+        for (r = 0; r < g->s_count; r++) c[r] = (g->plus ? g->plus[c - g->c + r] : 0) + g->alpha * sums[r * ld + i] + (g->bias ? g->bias[r] : 0);
     }
     for (r = 0; !g->swapped && r < g->s_count; r++) {
         const float *t = sums + r * ld;
         float       *c = g->c + r * g->ldc + begin;
         MFT__EACH {
             MFT__V y = alpha * MFT__LOAD(t + i);
-            if (g->add)  y += MFT__IN(c);
+            if (g->plus) y += MFT__IN(g->plus + (c - g->c));
             if (g->bias) y += MFT__IN(g->bias + begin);
             MFT__OUT(c, y);
         }

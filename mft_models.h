@@ -11157,14 +11157,22 @@ typedef struct mft__block_call {            /* what a block needs besides x; liv
     mft__kv_cache *cache;                   /* NULL in training */
 } mft__block_call;
 
-static mft_tensor *mft__module_linear(mft_model *m, int layer, mft__module module, mft_tensor *x)
+/* plus, where there is one (the residual), and the module's product. */
+static mft_tensor *mft__module_linear(mft_model *m, int layer, mft__module module, mft_tensor *x, mft_tensor *plus)
 {
     mft__module_weights *w = mft__module_at(m, layer, module);
     mft__low_rank       *p = m->active >= 0 ? &m->adapters[m->active]->parts[layer * MFT__N_MODULES + module] : NULL;
     mft_tensor          *bias = w->b ? w->b->t : NULL;
-    if (p && p->magnitude) return mft_dora_linear(m->ctx, x, w->w->t, bias, p->a, p->b, p->magnitude, p->scale, m->adapters[m->active]->dropout);
-    if (p && p->a) return mft_lora_linear(m->ctx, x, w->w->t, bias, p->a, p->b, p->scale, m->adapters[m->active]->dropout);
-    return mft_linear(m->ctx, x, w->w->t, bias);
+    if (p && p->magnitude) {
+        int         unread = m->ctx->result_unread;
+        mft_tensor *y;
+        m->ctx->result_unread = 0;                              /* its parts are ops whose results their derivatives want */
+        y = mft_dora_linear(m->ctx, x, w->w->t, bias, p->a, p->b, p->magnitude, p->scale, m->adapters[m->active]->dropout);
+        m->ctx->result_unread = unread;
+        return plus ? mft_add(m->ctx, plus, y) : y;
+    }
+    if (p && p->a) return mft__lora_linear_onto(m->ctx, x, w->w->t, bias, p->a, p->b, p->scale, m->adapters[m->active]->dropout, plus);
+    return mft__linear_onto(m->ctx, x, w->w->t, bias, plus);
 }
 
 static mft_tensor *mft__norm(mft_model *m, mft__parameter *w, mft__parameter *b, mft_tensor *x)
@@ -11205,7 +11213,7 @@ static mft_tensor *mft__cache_append(mft_context *ctx, mft_tensor *cache, const 
     return all;
 }
 
-static mft_tensor *mft__attention_part(mft__block_call *call, mft_tensor *x)
+static mft_tensor *mft__attention_part(mft__block_call *call, mft_tensor *x, mft_tensor *plus)
 {
     mft_model   *m = call->m;
     mft_context *ctx = m->ctx;
@@ -11216,14 +11224,14 @@ static mft_tensor *mft__attention_part(mft__block_call *call, mft_tensor *x)
     mft_attention_desc d;
 
     if (mft__module_at(m, layer, MFT__QKV)->w) {
-        mft_tensor *qkv = mft__module_linear(m, layer, MFT__QKV, x);
+        mft_tensor *qkv = mft__module_linear(m, layer, MFT__QKV, x, NULL);
         q = mft_slice(ctx, qkv, 2, 0, q_width);
         k = mft_slice(ctx, qkv, 2, q_width, q_width + kv_width);
         v = mft_slice(ctx, qkv, 2, q_width + kv_width, q_width + 2 * kv_width);
     } else {
-        q = mft__module_linear(m, layer, MFT__Q, x);
-        k = mft__module_linear(m, layer, MFT__K, x);
-        v = mft__module_linear(m, layer, MFT__V, x);
+        q = mft__module_linear(m, layer, MFT__Q, x, NULL);
+        k = mft__module_linear(m, layer, MFT__K, x, NULL);
+        v = mft__module_linear(m, layer, MFT__V, x, NULL);
     }
     q = mft__as_heads(m, q, c->n_head);
     k = mft__as_heads(m, k, c->n_kv_head);
@@ -11245,7 +11253,7 @@ static mft_tensor *mft__attention_part(mft__block_call *call, mft_tensor *x)
     out = mft_attention(ctx, q, k, v, &d);
     if (!out) return NULL;
     flat[0] = out->shape[0]; flat[1] = out->shape[1]; flat[2] = q_width;
-    return mft__module_linear(m, layer, MFT__O, mft_reshape(ctx, out, 3, flat));
+    return mft__module_linear(m, layer, MFT__O, mft_reshape(ctx, out, 3, flat), plus);
 }
 
 static mft_tensor *mft__activate(mft_context *ctx, int activation, mft_tensor *x)
@@ -11261,9 +11269,9 @@ static mft_tensor *mft__mlp_inner(mft_model *m, int layer, mft_tensor *x)
     mft_context *ctx = m->ctx;
     int          activation = m->config.activation;
     mft_tensor  *up, *gate;
-    if (!mft__module_at(m, layer, MFT__GATE)->w) return mft__activate(ctx, activation, mft__module_linear(m, layer, MFT__UP, x));
-    gate = mft__module_linear(m, layer, MFT__GATE, x);
-    up   = mft__module_linear(m, layer, MFT__UP, x);
+    if (!mft__module_at(m, layer, MFT__GATE)->w) return mft__activate(ctx, activation, mft__module_linear(m, layer, MFT__UP, x, NULL));
+    gate = mft__module_linear(m, layer, MFT__GATE, x, NULL);
+    up   = mft__module_linear(m, layer, MFT__UP, x, NULL);
     return activation == MFT__ACT_SILU ? mft_swiglu(ctx, gate, up) : activation == MFT__ACT_GELU_TANH ? mft_geglu(ctx, gate, up)
          : mft_mul(ctx, mft__activate(ctx, activation, gate), up);
 }
@@ -11277,12 +11285,14 @@ static mft_tensor *mft__mlp_block(mft_context *ctx, mft_tensor *x, void *user)
     int              normed = mft__module_at(m, call->layer, MFT__POST_MLP)->w != NULL;
     if (!h) return NULL;
     ctx->result_unread = ctx->recomputing && !normed;           /* the norm's derivative wants what it norms */
-    h = mft__module_linear(m, call->layer, MFT__DOWN, h);
-    if (normed && h) h = mft__module_norm(m, call->layer, MFT__POST_MLP, h);
-    ctx->result_unread = ctx->recomputing;
-    x = h ? mft_add(ctx, x, h) : NULL;
+    h = mft__module_linear(m, call->layer, MFT__DOWN, h, normed ? NULL : x);
+    if (normed) {
+        h = mft__module_norm(m, call->layer, MFT__POST_MLP, h);
+        ctx->result_unread = ctx->recomputing;
+        h = mft_add(ctx, x, h);
+    }
     ctx->result_unread = 0;
-    return x;
+    return h;
 }
 
 /* Where pages are dropped: starts to read a block's weights from the disk, in the background, while another one computes. */
@@ -11301,11 +11311,11 @@ static mft_tensor *mft__block(mft_context *ctx, mft_tensor *x, void *user)
 {
     mft__block_call *call = (mft__block_call *)user;
     mft_model       *m = call->m;
-    int              layer = call->layer;
+    int              layer = call->layer, normed = mft__module_at(m, layer, MFT__POST_ATTENTION)->w != NULL;
     mft_tensor      *h;
     if (ctx->drop_pages) mft__fetch_ahead(m, ctx->recomputing ? layer - 1 : layer + 1);
-    h = mft__attention_part(call, mft__module_norm(m, layer, MFT__NORM1, x));
-    x = mft_add(ctx, x, h ? mft__module_norm(m, layer, MFT__POST_ATTENTION, h) : NULL);
+    h = mft__attention_part(call, mft__module_norm(m, layer, MFT__NORM1, x), normed ? NULL : x);
+    x = normed ? mft_add(ctx, x, mft__module_norm(m, layer, MFT__POST_ATTENTION, h)) : h;
     if (!x || (ctx->grad_enabled && !ctx->recomputing)) return x ? mft__mlp_block(ctx, x, call) : NULL;
     /* attention's part and the MLP's are not in memory together; dropout is drawn for all rows at once */
     return mft__checkpoint_rows(ctx, mft__mlp_block, x, call, m->active >= 0 && m->adapters[m->active]->dropout > 0 ? mft_tensor_numel(x) : m->mlp_rows, ctx->recomputing);

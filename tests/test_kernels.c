@@ -529,7 +529,7 @@ static void test_product_threads(void)
     }
 }
 
-/* A product and what comes on top of it, of both layouts, on all ways (so few rows that there is no way out to meet, few and
+/* A product and what comes on top of it (a tail; numbers that lie elsewhere, or in c), of both layouts, on all ways (so few rows that there is no way out to meet, few and
  * many strips, turned or not), against doubles; and the same bits for any number of threads. */
 static void test_product_tail(void)
 {
@@ -549,7 +549,7 @@ static void test_product_tail(void)
         for (threads = 1; threads <= 5; threads += 2) {
             mft_context *ctx = context(K->name, threads, MFT_PRECISION_F32);
             memcpy(c, c0, bytes);
-            CHECK(mft__gemm_tailed(ctx, m, n, k, 1, a.m, b.m, bias, layout & 1, c, ldc, &tail));
+            CHECK(mft__gemm_tailed(ctx, m, n, k, 1, a.m, b.m, bias, layout & 1 ? (layout & 2 ? c0 : c) : NULL, c, ldc, &tail));
             if (threads == 1) memcpy(first, c, bytes);
             CHECK(memcmp(c, first, bytes) == 0);
             mft_context_destroy(ctx);

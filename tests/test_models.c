@@ -427,7 +427,7 @@ static void test_accumulation_of_data(void)
 }
 
 /* A run of LoRA steps with dropout; its losses' and weights' bits. */
-static uint64_t run_bits(int threads, uint64_t seed, int checkpointing, float dropout, int steps, int *out_same_eval)
+static uint64_t run_bits_of(int dora, int threads, uint64_t seed, int checkpointing, float dropout, int steps, int *out_same_eval)
 {
     mft_context     *ctx = context_of(threads, seed);
     mft_model       *m = load_from(ctx, "tests/golden/qwen2", 0, checkpointing);      /* golden_dir is not for two threads */
@@ -439,7 +439,7 @@ static uint64_t run_bits(int threads, uint64_t seed, int checkpointing, float dr
     int              s;
     memset(&ld, 0, sizeof ld);
     memset(&d, 0, sizeof d);
-    ld.rank = 3; ld.dropout = dropout; ld.targets = "all-linear";
+    ld.rank = 3; ld.dropout = dropout; ld.targets = "all-linear"; ld.use_dora = dora;
     d.micro_batch = 2; d.grad_accum = 2; d.learning_rate = 1e-2;
     CHECK(mft_lora_attach(m, &ld) == MFT_OK);
     shake_adapter(m, 5);
@@ -462,6 +462,11 @@ static uint64_t run_bits(int threads, uint64_t seed, int checkpointing, float dr
     return h;
 }
 
+static uint64_t run_bits(int threads, uint64_t seed, int checkpointing, float dropout, int steps, int *out_same_eval)
+{
+    return run_bits_of(0, threads, seed, checkpointing, dropout, steps, out_same_eval);
+}
+
 static void test_same_bits(void)
 {
     uint64_t one = run_bits(1, 0, 0, 0, 5, NULL);
@@ -477,6 +482,8 @@ static void test_same_bits(void)
     CHECK(run_bits(3, 0, 0, 0.2f, 5, NULL) == one);
     CHECK(run_bits(2, 0, 1, 0.2f, 5, NULL) == one);             /* recomputed blocks drop the same elements */
     CHECK(run_bits(2, 9, 0, 0.2f, 5, NULL) != one);
+    one = run_bits_of(1, 1, 0, 0, 0, 5, NULL);                  /* DoRA's parts are needed where a plain product is not: see mft__module_linear */
+    CHECK(run_bits_of(1, 2, 0, 1, 0, 5, NULL) == one);
 }
 
 /* The mean over dropped inputs is the input, the variance p / (1 - p) / n; each step draws anew. */
