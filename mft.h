@@ -1840,7 +1840,9 @@ typedef struct mft__gemm_job {
     const float *plus;                             /* what is added, lying as c does; may be c; NULL: nothing */
     int          swapped;
     mft__tail    tail;                             /* k 0: none; rows of b end on whole vectors */
-    float       *packed;                           /* the block of v in panels, or v in digits */
+    float       *packed;                           /* the block of v in panels; of pairs, the shared side; or v in digits */
+    int          shares_v;                         /* pairs: v is the side packed once for all tasks, else s   */
+    int64_t      x_begin, x_count, kc;             /* pairs: rows or lanes of it at hand, k of a block */
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
     size_t       scratch_bytes;
 } mft__gemm_job;
@@ -1866,7 +1868,7 @@ typedef struct mft__gemm_strip {
     int          add;
     int64_t      s_step;                           /* 0: s is [row][MFT__STRIDE]; else [k][s_step] */
     const float *s, *v;
-    int64_t      s_term, v_panel;                  /* from a term of s, a panel of v to the next */
+    int64_t      s_term, s_strip, v_panel;         /* from a term of s, a strip, a panel of v to the next */
     int          s_terms, v_terms;
     mft__ahead   ahead[2];                         /* memory to ask for meanwhile              */
     mft__carry   carry;                            /* numbers to copy meanwhile                */
@@ -1883,13 +1885,16 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__STRIDE  = MFT__KC + 16,                /* no power of two: rows of a strip share no cache set */
        MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
-       MFT__PAIRS   = 8,                           /* of lanes in digits, block by block       */
+       MFT__DIGIT_PAIRS = 8,                       /* of lanes in digits, block by block       */
        MFT__FEW_SUMS = 4, MFT__SUMS_LANES = 512,
        MFT__SCALES  = 16,                          /* of quantised blocks, converted at a time */
        MFT__DRAWS   = 256,                         /* random numbers of 32 bits at a time      */
        MFT__ASK_STEPS = 16,                        /* steps of k between two askings ahead     */
        MFT__COLUMN_PANELS = 12,                    /* that a task packs for itself             */
        MFT__GROUP   = 4,                           /* strips copied together where rows of s lie side by side: whole lines */
+       MFT__PAIRS_LEAST = 32, MFT__PAIRS_MOST = 256,   /* rows and lanes worth pairs; of the shared side at a time */
+       MFT__PAIRS_BYTES = 3 << 19,                 /* of it packed: most of the second cache   */
+       MFT__PAIRS_TASK = 256,                      /* rows or lanes of the other side that a task takes */
        MFT__NEAR    = 1 << 18,                     /* so many packed numbers stay in the second cache */
        MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
        MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
@@ -1897,9 +1902,11 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
 typedef struct mft__gemm_row {
     int       height, lanes, width;                /* rows of a strip, lanes of a panel, of a vector */
     int       k_step;                              /* cells are floats: 1; else pairs, and k is filled up to a multiple */
+    int       tiled;                               /* strips are [16 cells][row][cell], as tile registers load them, and
+                                                      the function takes many at once          */
     int       max_products;                        /* of bf16 terms, for which this is faster than floats; 0: one term only */
     void    (*strip)(const mft__gemm_strip *x);
-    mft__task pack, tiles, columns, dots, sums, thin;      /* of a mft__gemm_job, see mft__gemm */
+    mft__task pack, tiles, columns, dots, sums, thin;      /* of a mft__gemm_job, see mft__gemm; pairs have no columns */
     mft__task digits;                              /* NULL, or packs pairs of lanes: then dots multiplies any number of
                                                       them by quantised rows faster than tiles do */
 } mft__gemm_row;
@@ -1950,9 +1957,17 @@ static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to *
 /* n in whole units, cut into so many parts, as even as can be: where the i-th begins. */
 static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) { return mft__min64(n, ((n - 1) / unit + 1) * i / parts * unit); }
 /* Strips of s that are copied together, while those before them are multiplied; pairs are made when they are needed. */
-static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->row->k_step == 1 && g->s.col_stride != 1 ? MFT__GROUP : 1; }
-static int64_t mft__gemm_strips(const mft__gemm_job *g) { return g->row->k_step == 1 ? 2 * mft__gemm_group(g) : 1; }
-static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return row->k_step > 1 ? mft__round_up(kc, row->k_step) / 2 : kc; }
+static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->s.col_stride != 1 ? MFT__GROUP : 1; }
+static int64_t mft__gemm_strips(const mft__gemm_job *g) { return 2 * mft__gemm_group(g); }
+static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return mft__round_up(kc, row->k_step) / 2; }      /* of pairs */
+
+/* Cells from one packed strip (panel, if of_v) of a block of k to the next; the last block of k has the same room. */
+static int64_t mft__pairs_piece(const mft__gemm_job *g, int of_v)
+{
+    const mft__gemm_row *row = g->row;
+    if (of_v) return g->v_terms * row->lanes * g->kc / 2;
+    return g->s_terms * row->height * (row->tiled ? g->kc / 2 : (int64_t)MFT__STRIDE);
+}
 
 /* The keys query t of sequence b sees: [*first, *end). */
 static void mft__visible(const mft__attention_job *a, int64_t b, int64_t t, int32_t *first, int32_t *end)
@@ -2225,17 +2240,24 @@ MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void
 #define MFT__MUL_LOW(a, b)      _mm512_maskz_mul_epu32(0xff, (__m512i)(a), (__m512i)(b))
 #define MFT__ZIP_LO(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b)
 #define MFT__ZIP_HI(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b)
+#define MFT__UNZIP_LO(a, b)     _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b)
+#define MFT__UNZIP_HI(a, b)     _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b)
 #define MFT__LOAD_F16(p)        _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p)))
 #define MFT__STORE_F16(p, v)    _mm256_storeu_si256((__m256i *)(void *)(p), _mm512_maskz_cvtps_ph(0xffff, v, 0))
 #define MFT__LOAD_BF16(p)       ((__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
 #define MFT__LOAD_Q8            mft__load_q8_avx512
 #define MFT__LOAD_Q4            mft__load_q4_avx512
 #ifdef MFT__HAVE_AVX512BF16
+#  ifdef MFT__DPBF16                         /* a test without the hardware puts a function in its place */
+static int mft__usable_avx512bf16(void) { return mft__usable_avx512(); }
+#  else
 static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#    define MFT__DPBF16(c, a, b) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
+#  endif
 #define MFT__STRIP_ONLY
 #define MFT__STRIP              mft__strip_avx512bf16
 #define MFT__STRIP_TARGET       __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
-#define MFT__STEP(x, b, c)      _mm512_dpbf16_ps(c, (__m512bh)(x), (__m512bh)(b))
+#define MFT__STEP(x, b, c)      MFT__DPBF16(c, x, b)
 #include MFT_SELF
 #endif
 #include MFT_SELF
@@ -2277,6 +2299,8 @@ MFT__UNUSED static inline void mft__load_q4_neon(float32x4_t *q, const uint8_t *
 #define MFT__MUL_LOW(a, b)      vmull_u32(vmovn_u64((uint64x2_t)(a)), vmovn_u64((uint64x2_t)(b)))
 #define MFT__ZIP_LO(a, b)       vzip1q_f32(a, b)
 #define MFT__ZIP_HI(a, b)       vzip2q_f32(a, b)
+#define MFT__UNZIP_LO(a, b)     vuzp1q_f32(a, b)
+#define MFT__UNZIP_HI(a, b)     vuzp2q_f32(a, b)
 #define MFT__LOAD_F16(p)        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #define MFT__LOAD_BF16(p)       vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define MFT__LOAD_Q8            mft__load_q8_neon
@@ -2317,48 +2341,57 @@ static int mft__usable_amx(void)
 #  define MFT__AMX_TARGET             __attribute__((target("amx-tile,amx-bf16")))
 #endif
 
-/* 32 rows x 32 lanes of sums in tiles 0 to 3; 16 x 32 numbers of s in 4 and 5, of v in 6 and 7. Each pair of
- * loads feeds four products. Of three terms by three only those that matter in f32 are taken: i + j < 3. */
+/* tile (+)= one strip times one panel: 32 rows x 32 lanes of sums in tiles 0 to 3; 16 x 32 numbers of s in 4 and 5, of v
+ * in 6 and 7. Each pair of loads feeds two products, and what has one term stays. Of three terms by three only those
+ * that matter in f32 are taken: i + j < 3. */
+MFT__AMX_TARGET static void mft__square_amx(const mft__gemm_strip *x, const float *s, const float *v, float *t, int low, int right, mft__ahead *ahead, int64_t ask)
+{
+    int64_t p, pitch = x->ld * 4, down = 16 * x->ld;
+    int     i, j, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms;
+    if (x->add) {
+        MFT__TILE_LOAD(0, t, pitch);
+        if (right)        MFT__TILE_LOAD(1, t + 16, pitch);
+        if (low)          MFT__TILE_LOAD(2, t + down, pitch);
+        if (low && right) MFT__TILE_LOAD(3, t + down + 16, pitch);
+    } else { MFT__TILE_ZERO(0); MFT__TILE_ZERO(1); MFT__TILE_ZERO(2); MFT__TILE_ZERO(3); }
+    for (p = 0; p < x->cells; p += 16, s += 512, v += 512) for (mft__ask(ahead, ask), j = x->v_terms - 1; j >= 0; j--) {
+        const float *b = v + j * x->cells * 32;
+        MFT__TILE_LOAD(6, b, 128);
+        if (right) MFT__TILE_LOAD(7, b + 16, 128);
+        for (i = mft__min_int(x->s_terms, n - j) - 1; i >= 0; i--) {            /* small terms first */
+            const float *a = s + i * x->s_term;
+            if (x->s_terms > 1 || j == x->v_terms - 1) {
+                MFT__TILE_LOAD(4, a, 64);
+                if (low) MFT__TILE_LOAD(5, a + 256, 64);
+            }
+            MFT__TILE_BF16(0, 4, 6);
+            if (right)        MFT__TILE_BF16(1, 4, 7);
+            if (low)          MFT__TILE_BF16(2, 5, 6);
+            if (low && right) MFT__TILE_BF16(3, 5, 7);
+        }
+    }
+    MFT__TILE_STORE(0, t, pitch);
+    if (right)        MFT__TILE_STORE(1, t + 16, pitch);
+    if (low)          MFT__TILE_STORE(2, t + down, pitch);
+    if (low && right) MFT__TILE_STORE(3, t + down + 16, pitch);
+}
+
+/* Strips against panels. A block of the side with three terms (24 KB) stays in the first cache while the other passes
+ * by: of 192 cycles that a step's twelve products take, its loads from the second cache are 2 KB. */
 MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
 {
     struct { uint8_t palette, start, none[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
     mft__ahead ahead[2];
-    int64_t l, p, pitch = MFT__STRIDE * 4, ask = mft__lines(x, ahead, ((x->lanes - 1) / 32 + 1) * ((x->cells - 1) / 16 + 1));
-    int     i, j, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms, low = x->h > 16;
+    int64_t strips = (x->h + 31) / 32, panels = (x->lanes + 31) / 32, i, n = strips * panels, ask = mft__lines(x, ahead, n * (x->cells / 16));
+    int     by_strip = x->s_terms >= x->v_terms;
     memset(&config, 0, sizeof config);
     config.palette = 1;
     for (i = 0; i < 8; i++) { config.row_bytes[i] = 64; config.rows[i] = 16; }
     MFT__TILE_CONFIG(&config);
-    for (l = 0; l < x->lanes; l += 32) {
-        const float *v = x->v + l * x->cells * x->v_terms;
-        float       *t = x->tile + l;
-        int64_t      down = 16 * x->ld;
-        int          right = x->lanes - l > 16;
-        if (x->add) {
-            MFT__TILE_LOAD(0, t, x->ld * 4);
-            if (right)        MFT__TILE_LOAD(1, t + 16, x->ld * 4);
-            if (low)          MFT__TILE_LOAD(2, t + down, x->ld * 4);
-            if (low && right) MFT__TILE_LOAD(3, t + down + 16, x->ld * 4);
-        } else { MFT__TILE_ZERO(0); MFT__TILE_ZERO(1); MFT__TILE_ZERO(2); MFT__TILE_ZERO(3); }
-        for (p = 0; p < x->cells; p += 16) for (mft__ask(ahead, ask), j = x->v_terms - 1; j >= 0; j--) {
-            const float *b = v + (j * x->cells + p) * 32;
-            MFT__TILE_LOAD(6, b, 128);
-            if (right) MFT__TILE_LOAD(7, b + 16, 128);
-            for (i = mft__min_int(x->s_terms, n - j) - 1; i >= 0; i--) {        /* small terms first */
-                const float *a = x->s + i * x->s_term + p;
-                MFT__TILE_LOAD(4, a, pitch);
-                MFT__TILE_BF16(0, 4, 6);
-                if (right) MFT__TILE_BF16(1, 4, 7);
-                if (!low) continue;
-                MFT__TILE_LOAD(5, a + 16 * MFT__STRIDE, pitch);
-                MFT__TILE_BF16(2, 5, 6);
-                if (right) MFT__TILE_BF16(3, 5, 7);
-            }
-        }
-        MFT__TILE_STORE(0, t, x->ld * 4);
-        if (right)        MFT__TILE_STORE(1, t + 16, x->ld * 4);
-        if (low)          MFT__TILE_STORE(2, t + down, x->ld * 4);
-        if (low && right) MFT__TILE_STORE(3, t + down + 16, x->ld * 4);
+    for (i = 0; i < n; i++) {
+        int64_t r = by_strip ? i / panels : i % strips, q = by_strip ? i % panels : i / strips;
+        mft__square_amx(x, x->s + r * x->s_strip, x->v + q * x->v_panel, x->tile + r * 32 * x->ld + q * 32,
+                        x->h - r * 32 > 16, x->lanes - q * 32 > 16, ahead, ask);
     }
     MFT__TILE_RELEASE();
 }
@@ -2402,7 +2435,7 @@ MFT__NEON_BF16_TARGET static void mft__strip_neon_bf16(const mft__gemm_strip *x)
     int64_t     l, p, ask = mft__lines(x, ahead, (x->lanes - 1) / 8 + 1);
     int         i, j, r, q, n = x->s_terms > x->v_terms ? x->s_terms : x->v_terms;
     for (l = 0; l < x->lanes; l += 8) {
-        const float *panel = x->v + l / 16 * 16 * x->cells * x->v_terms + l % 16;
+        const float *panel = x->v + l / 16 * x->v_panel + l % 16;
         mft__ask(ahead, ask);
         MFT__UNROLL
         for (r = 0; r < 4; r++) {
@@ -2537,10 +2570,10 @@ MFT__NEON_I8MM_TARGET static inline int32x4_t mft__smmla(int32x4_t c, int8x16_t 
     return c;
 }
 
-/* Pairs of lanes lie MFT__PAIRS by MFT__PAIRS, among those block by block of k. */
+/* Pairs of lanes lie MFT__DIGIT_PAIRS by MFT__DIGIT_PAIRS, among those block by block of k. */
 static mft__digit_pair *mft__digits_at(const mft__gemm_job *g, int64_t pair, int64_t block)
 {
-    int64_t first = pair / MFT__PAIRS * MFT__PAIRS, n = mft__min64((g->v_count + 1) / 2 - first, MFT__PAIRS);
+    int64_t first = pair / MFT__DIGIT_PAIRS * MFT__DIGIT_PAIRS, n = mft__min64((g->v_count + 1) / 2 - first, MFT__DIGIT_PAIRS);
     return (mft__digit_pair *)(void *)g->packed + first * ((g->k + 31) / 32) + block * n + (pair - first);
 }
 
@@ -2568,14 +2601,14 @@ static void mft__gemm_digits(void *arg, int64_t begin, int64_t end, int worker)
     }
 }
 
-/* Up to 4 rows against up to MFT__PAIRS pairs of lanes. The first two digits' sums are below 2^27 together: one
+/* Up to 4 rows against up to MFT__DIGIT_PAIRS pairs of lanes. The first two digits' sums are below 2^27 together: one
  * conversion for both. */
 MFT__NEON_I8MM_TARGET static void mft__digits_tile(const mft__gemm_job *g, int64_t row, int64_t rows, int64_t pair)
 {
     const mft__digit_pair *d = mft__digits_at(g, pair, 0), *first = d;
-    int64_t        blocks = (g->k + 31) / 32, size = g->s.dtype == MFT_Q8_0 ? 34 : 18, n = mft__min64((g->v_count + 1) / 2 - pair, MFT__PAIRS), b, q;
+    int64_t        blocks = (g->k + 31) / 32, size = g->s.dtype == MFT_Q8_0 ? 34 : 18, n = mft__min64((g->v_count + 1) / 2 - pair, MFT__DIGIT_PAIRS), b, q;
     const uint8_t *p[4];
-    float32x4_t    sums[MFT__PAIRS][2], scale[2], t;
+    float32x4_t    sums[MFT__DIGIT_PAIRS][2], scale[2], t;
     int8x16_t      w[2][4], lo[4], hi[4];
     int            r, l, i, j;
     for (q = 0; q < n; q++) sums[q][0] = sums[q][1] = vdupq_n_f32(0);
@@ -2635,7 +2668,7 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
     const mft__gemm_job *g = (const mft__gemm_job *)arg;
     int64_t pairs = (g->v_count + 1) / 2, q, i;
     if (!g->packed) { mft__gemm_dots_neon_dot(arg, begin, end, worker); return; }
-    for (q = 0; q < pairs; q += MFT__PAIRS) for (i = begin; i < end; i += 4) mft__digits_tile(g, i, mft__min64(end - i, 4), q);
+    for (q = 0; q < pairs; q += MFT__DIGIT_PAIRS) for (i = begin; i < end; i += 4) mft__digits_tile(g, i, mft__min64(end - i, 4), q);
     for (q = 0; q < pairs; q++) {
         mft__gemm_job floats = *g;
         const float  *step = mft__digits_at(g, q, 0)->step;
@@ -2647,7 +2680,8 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
 #endif
 
 /* ---- the table ---- */
-#define MFT__TASKS_OF(row) mft__gemm_pack_##row, mft__gemm_tiles_##row, mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row, NULL
+#define MFT__TASKS_OF(row) mft__gemm_pack_##row,  mft__gemm_tiles_##row,  mft__gemm_columns_##row, mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row, NULL
+#define MFT__PAIRS_OF(row) mft__pairs_pack_##row, mft__pairs_tiles_##row, NULL,                    mft__gemm_dots_##row, mft__gemm_sums_##row, mft__gemm_thin_##row, NULL
 #define MFT__VECTORS_OF(row) mft__to_float_##row, mft__from_float_##row,                                                          \
     mft__dot_##row, mft__axpy_##row, mft__add_##row, mft__mul_##row, mft__mul_add_##row, mft__scale_##row,                        \
     mft__sum_##row, mft__sum_squares_##row, mft__max_##row, mft__exp_sum_##row,                                                   \
@@ -2656,31 +2690,31 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
     mft__cos_sin_##row, mft__rope_##row, mft__adamw_##row, mft__dropout_##row, mft__bf16_by_chance_##row, mft__code_pack_##row,                             \
     mft__attention_##row, mft__attention_dq_##row, mft__attention_dkv_##row
 
-/*                                                     height lanes width k_step products */
-static const mft__gemm_row mft__gemm_portable     = {  6,     8,    4,    1,     0, mft__strip_portable,   MFT__TASKS_OF(portable) };
+/*                                                     height lanes width k_step tiled products */
+static const mft__gemm_row mft__gemm_portable     = {  6,     8,    4,    1,     0,    0, mft__strip_portable,   MFT__TASKS_OF(portable) };
 #ifdef MFT__HAVE_AVX2
-static const mft__gemm_row mft__gemm_avx2         = {  6,     16,   8,    1,     0, mft__strip_avx2,       MFT__TASKS_OF(avx2)     };
+static const mft__gemm_row mft__gemm_avx2         = {  6,     16,   8,    1,     0,    0, mft__strip_avx2,       MFT__TASKS_OF(avx2)     };
 #endif
 #ifdef MFT__HAVE_AVX512
-static const mft__gemm_row mft__gemm_avx512       = { 12,     32,   16,   1,     0, mft__strip_avx512,     MFT__TASKS_OF(avx512)   };
+static const mft__gemm_row mft__gemm_avx512       = { 12,     32,   16,   1,     0,    0, mft__strip_avx512,     MFT__TASKS_OF(avx512)   };
 #endif
 #ifdef MFT__HAVE_AVX512BF16
-static const mft__gemm_row mft__gemm_avx512bf16   = { 12,     32,   16,   2,     0, mft__strip_avx512bf16, MFT__TASKS_OF(avx512)   };
+static const mft__gemm_row mft__gemm_avx512bf16   = { 12,     32,   16,   2,     0,    0, mft__strip_avx512bf16, MFT__PAIRS_OF(avx512)   };
 #endif
 #ifdef MFT__HAVE_AMX
-static const mft__gemm_row mft__gemm_amx          = { 32,     32,   16,   32,    6, mft__strip_amx,        MFT__TASKS_OF(avx512)   };
+static const mft__gemm_row mft__gemm_amx          = { 32,     32,   16,   32,    1,    6, mft__strip_amx,        MFT__PAIRS_OF(avx512)   };
 #endif
 #ifdef MFT__HAVE_NEON
-static const mft__gemm_row mft__gemm_neon         = {  6,     16,   4,    1,     0, mft__strip_neon,       MFT__TASKS_OF(neon)     };
+static const mft__gemm_row mft__gemm_neon         = {  6,     16,   4,    1,     0,    0, mft__strip_neon,       MFT__TASKS_OF(neon)     };
 #endif
 #ifdef MFT__HAVE_NEON_DOT
-static const mft__gemm_row mft__gemm_neon_dot     = {  6,     16,   4,    1,     0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
+static const mft__gemm_row mft__gemm_neon_dot     = {  6,     16,   4,    1,     0,    0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
                                                        mft__gemm_dots_neon_dot, mft__gemm_sums_neon, mft__gemm_thin_neon, NULL };
-static const mft__gemm_row mft__gemm_neon_i8mm    = {  6,     16,   4,    1,     0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
+static const mft__gemm_row mft__gemm_neon_i8mm    = {  6,     16,   4,    1,     0,    0, mft__strip_neon,       mft__gemm_pack_neon, mft__gemm_tiles_neon, mft__gemm_columns_neon,
                                                        mft__gemm_dots_neon_i8mm, mft__gemm_sums_neon, mft__gemm_thin_neon, mft__gemm_digits };
 #endif
 #ifdef MFT__HAVE_NEON_BF16
-static const mft__gemm_row mft__gemm_neon_bf16    = {  8,     16,   4,    4,     3, mft__strip_neon_bf16,  MFT__TASKS_OF(neon)     };
+static const mft__gemm_row mft__gemm_neon_bf16    = {  8,     16,   4,    4,     0,    3, mft__strip_neon_bf16,  MFT__PAIRS_OF(neon)     };
 #endif
 
 /*    name          usable                    vectors                    f32, bf16, split products, cblas */
@@ -2775,6 +2809,8 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   tiles    a block of v (all of k, up to 12 panels) is packed by all threads together; then each task
  *            takes a group of strips of s through all of k
  *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
+ *   pairs    bf16 matrix units: the side with more terms (x, dy) is packed once by all threads; each task takes some rows
+ *            or columns of the other (w), which it packs block of k by block, so that all are read once
  *   dots     few rows on one side, k side by side in both: dot products, nothing packed (decoding, LoRA);
  *            with products of bytes (neon_i8mm) also any number of rows, packed as digits, by quantised weights
  *   sums     few rows in a, b lies along n: rows of b added up where they lie (decoding)
@@ -2797,7 +2833,7 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   (bf16), 80 % (Q8_0), 81 % (Q4_0); dy w 128 x 640 x 1024 90 %, 128 x 896 x 4864 88 % (bf16), 78 % (f32); x w
  *   128 x 2304 x 768 78 %; x^T dy 768 x 3072 x 1024 78 %. With the AVX2 row 87, 88, 86, 87, 90, 88, 83, 86, 74 %; with two
  *   threads of AVX-512 79, 83, 80, 77, 84, 84, 75, 75, 73 %. */
-typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN } mft__gemm_way;
+typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN, MFT__PAIRS } mft__gemm_way;
 
 static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
                      const float *bias, int add, float *c, int64_t ldc);
@@ -2822,14 +2858,16 @@ static double mft__gemm_cost(const mft__gemm_row *row, const mft__gemm_job *g)
     return s * v + pack_v + pack_s * (double)((g->v_count - 1) / (mft__gemm_few_strips(g) ? MFT__COLUMN_PANELS * row->lanes : 256) + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
 }
 
-/* Where the two operands come from, and in how many bf16 terms. */
+/* Floats, or pairs of so many bf16 terms. What is thin takes longer to pack as pairs than to multiply as floats. */
 static void mft__gemm_terms(const mft__kernels *kernels, mft_precision precision, mft__gemm_job *g)
 {
     const mft__gemm_row *split = kernels->split;
     int s = g->s.dtype == MFT_BF16 ? 1 : 3, v = g->v.dtype == MFT_BF16 ? 1 : 3;     /* bf16 is exact in one */
-    g->row = kernels->gemm[precision];
+    g->row = kernels->gemm[MFT_PRECISION_F32];
     g->s_terms = g->v_terms = 1;
-    if (precision != MFT_PRECISION_F32 || !split || (s == 1 ? v : v == 1 ? s : 6) > split->max_products) return;
+    if (g->s_count < MFT__PAIRS_LEAST || g->v_count < MFT__PAIRS_LEAST || g->k < MFT__PAIRS_LEAST) return;
+    if (precision != MFT_PRECISION_F32) { g->row = kernels->gemm[precision]; return; }
+    if (!split || (s == 1 ? v : v == 1 ? s : 6) > split->max_products) return;
     g->row = split;
     g->s_terms = s; g->v_terms = v;
 }
@@ -2854,12 +2892,69 @@ static int64_t mft__gemm_tasks(int64_t units, int64_t most, int64_t tasks, int64
     return mft__min64(tasks, units);
 }
 
+/* What packing and the way out of a product of pairs take, in cycles as counted on AVX-512: bf16 rows are copied, two
+ * lines of lanes zipped; all else is split into terms, and turned where k lies the other way. */
+static double mft__pairs_cost(const mft__gemm_job *g)
+{
+    double s = (double)g->s_count, v = (double)g->v_count, k = (double)g->k;
+    double one_s = g->s.col_stride == 1 ? (g->s.dtype == MFT_BF16 ? 0.03 : 0.1 + 0.1 * g->s_terms) : 0.3 + 0.15 * g->s_terms;
+    double one_v = g->v.row_stride == 1 ? 0.05 + 0.05 * g->v_terms : 0.3 + 0.05 * g->v_terms;
+    double again = (double)(((g->shares_v ? g->v_count : g->s_count) - 1) / MFT__PAIRS_MOST + 1);
+    return k * (g->shares_v ? v * one_v + again * s * one_s : s * one_s + again * v * one_v) + s * v * (g->swapped ? 0.4 : 0.1);
+}
+
+/* Packed once for all tasks: the side with more terms, which is the activations, else the smaller. */
+static void mft__pairs_share(mft__gemm_job *g)
+{
+    g->shares_v = g->s_terms == g->v_terms ? g->v_count <= g->s_count : g->v_terms > g->s_terms;
+}
+
 /* One worker does all where waking another (some microseconds) costs more than it brings. */
 static void mft__gemm_run(mft_context *ctx, int alone, int64_t n, int64_t group, mft__task task, mft__gemm_job *g)
 {
     int64_t i;
     if (!alone) mft__parallel(ctx, n, group, task, g);
     else for (i = 0; i < n; i += group) task(g, i, mft__min64(i + group, n), 0);
+}
+
+/* How a product of pairs goes: so much of the shared side at a time as stays in the second cache when packed, `most` of
+ * it by `step` of k, k in parts alike; tasks of `group` of the other side. Returns the floats that are packed, and a
+ * worker's. */
+typedef struct mft__pairs_plan { int64_t unit, all, rest, most, step, group; size_t packed, floats; } mft__pairs_plan;
+static mft__pairs_plan mft__pairs_plan_of(mft__gemm_job *g, int64_t shares)
+{
+    mft__pairs_plan p;
+    const mft__gemm_row *row = g->row;
+    int64_t other = g->shares_v ? row->height : row->lanes, terms = g->shares_v ? g->v_terms : g->s_terms, parts;
+    p.unit  = g->shares_v ? row->lanes   : row->height;
+    p.all   = g->shares_v ? g->v_count : g->s_count;
+    p.rest  = g->shares_v ? g->s_count : g->v_count;
+    p.most  = mft__min64(mft__round_up(p.all, p.unit), MFT__PAIRS_MOST / p.unit * p.unit);
+    parts   = g->k * p.most * terms / (MFT__PAIRS_BYTES / 2) + 1;
+    g->kc   = mft__min64(mft__round_up(g->k, row->k_step), g->s_terms + g->v_terms > 2 ? MFT__KC / 2 : MFT__KC);
+    p.step  = mft__round_up((g->k - 1) / parts + 1, g->kc);
+    p.group = mft__min64(mft__round_up(1 + p.rest / (4 * shares), other), MFT__PAIRS_TASK / other * other);
+    p.packed = (size_t)(p.step / g->kc * (p.most / p.unit) * mft__pairs_piece(g, g->shares_v));
+    p.floats = (size_t)(p.group / other * mft__pairs_piece(g, !g->shares_v)
+                        + (g->shares_v ? mft__round_up(p.group, MFT__TILE_ROWS) * p.most : mft__round_up(p.most, MFT__TILE_ROWS) * p.group));
+    return p;
+}
+
+static void mft__pairs_run(mft_context *ctx, int alone, const mft__gemm_job *whole, const mft__pairs_plan *p)
+{
+    mft__gemm_job g = *whole;
+    int64_t at, k0;
+    for (at = 0; at < p->all; at += p->most) for (k0 = 0; k0 < whole->k; k0 += p->step) {
+        g.x_begin = at; g.x_count = mft__min64(p->most, p->all - at);
+        g.k = mft__min64(p->step, whole->k - k0);
+        g.s.data = (const char *)whole->s.data + mft_dtype_bytes(g.s.dtype, k0 * g.s.col_stride);
+        g.v.data = (const char *)whole->v.data + mft_dtype_bytes(g.v.dtype, k0 * g.v.col_stride);
+        g.plus   = k0 > 0 ? g.c : whole->plus;                  /* parts of k meet in c; bias and tail come with the first */
+        g.bias   = k0 > 0 ? NULL : whole->bias;
+        g.tail.k = k0 > 0 ? 0 : whole->tail.k;
+        mft__gemm_run(ctx, alone, ((g.k - 1) / g.kc + 1) * ((g.x_count - 1) / p->unit + 1), 1, g.row->pack, &g);
+        mft__gemm_run(ctx, alone, p->rest, p->group, g.row->tiles, &g);
+    }
 }
 
 /* x as floats, row by row, ld apart. */
@@ -2999,6 +3094,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     mft__gemm_way  way;
     mft__matrix    bt = b;
     const mft__gemm_row *row;
+    mft__pairs_plan pairs;
     int64_t        group = 1, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all, units;
     size_t         packed = 0, tail_bytes = 0, floats, bytes;
     int            alone, theirs, digits, flatten = 0;
@@ -3025,15 +3121,21 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         way = MFT__THIN;
         g.tail.a = a; g.tail.b = b; g.tail.k = k; g.tail.scale = alpha;
     } else {
-        if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
-        way = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
+        if (g.row->k_step > 1) {
+            mft__pairs_share(&g); mft__pairs_share(&turned);
+            if (mft__pairs_cost(&turned) < mft__pairs_cost(&g)) g = turned;
+            way = MFT__PAIRS;
+        } else {
+            if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
+            way = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
+        }
         if (tail) { g.tail = *tail; tail = NULL; }
     }
     if (g.tail.k && (g.tail.b.col_stride != 1 || n % g.row->width)) tail_bytes = sizeof(float) * (size_t)(g.tail.k * mft__round_up(n, 16));
 
     row    = g.row;
     alone  = m * n * k < 200000;
-    floats = (size_t)(mft__gemm_strips(&g) * g.s_terms * row->height * MFT__STRIDE);      /* a worker's: the strips, in all their terms */
+    floats = (size_t)(mft__gemm_strips(&g) * row->height * MFT__STRIDE);                   /* a worker's: the strips */
     if (alone) threads = shares = 1;
     g.at_once = shares;
     switch (way) {
@@ -3052,17 +3154,22 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         group  = mft__round_up(1 + 131072 / (n * k), 4);
         floats = 0;
         break;
+    case MFT__PAIRS:
+        pairs  = mft__pairs_plan_of(&g, shares);
+        packed = mft__round64(sizeof(float) * pairs.packed);
+        floats = pairs.floats;
+        break;
     case MFT__COLUMNS:
         units   = (g.v_count - 1) / row->lanes + 1;
         g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, mft__min64(2 * shares, units / 4), shares);
         lanes   = ((units - 1) / g.tasks + 1) * row->lanes;
-        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + g.v_terms * mft__gemm_cells(row, mft__min64(k, MFT__KC))) * lanes);
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + mft__min64(k, MFT__KC)) * lanes);
         break;
     default:
         units   = (g.s_count - 1) / row->height + 1;
         lanes   = mft__min64((k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * row->lanes, mft__round_up(g.v_count, row->lanes));
         g.tasks = mft__gemm_tasks(units, 192 / row->height, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
-        packed  = mft__round64(sizeof(float) * (size_t)(lanes * g.v_terms * mft__gemm_cells(row, k)));
+        packed  = mft__round64(sizeof(float) * (size_t)(lanes * k));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
     }
     g.scratch_bytes = mft__round64(sizeof(float) * floats);
@@ -3089,6 +3196,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
         case MFT__THIN:    mft__gemm_run(ctx, alone, g.s_count, group, row->thin, &g);    break;
         case MFT__COLUMNS: mft__gemm_run(ctx, alone, g.tasks, 1, row->columns, &g);       break;
+        case MFT__PAIRS:   g.packed = front; mft__pairs_run(ctx, alone, &g, &pairs);      break;
         default:
             g.packed = front;
             for (at = 0, all = g.v_count; at < all; at += lanes) {
@@ -5918,6 +6026,7 @@ MFT_API double mft_schedule(mft_schedule_kind kind, double peak, double floor_lr
  *         MFT__MUL_LOW(a, b): in each 64 bits the product of both lower halves
  *         MFT__LOAD_BF16   MFT__LOAD_Q8, MFT__LOAD_Q4 (V *q, const uint8_t *p): the 32 numbers of a block whose
  *         scale stands before p, without the scale (Q4_0: low nibbles first)
+ *         MFT__UNZIP_LO/HI the even and the odd numbers of two vectors: only for a row with strips of pairs
  *   out   static functions mft__NAME_ROW
  *   rule  the other operations are the compiler's own on vectors (+ - * / & | < and so on),
  *         which gcc and clang spell alike for every width. A loop's last, partial vector goes
@@ -6186,14 +6295,20 @@ MFT__BODY void MFT__FN(to_float)(float *dst, const void *src, mft_dtype dtype, i
     mft__to_float(dst + i, (const char *)src + mft_dtype_bytes(dtype, i), dtype, n - i);
 }
 
+/* the nearest bf16 in the upper halves, ties to even; what the lower halves have is not to be looked at */
+MFT__HELP MFT__FN(bits) MFT__FN(round_bf16)(MFT__V x)
+{
+    MFT__FN(bits) u = (MFT__FN(bits))x;
+    return (MFT__FN(bits))MFT__FN(select)(x == x, (MFT__V)(u + 0x7fff + ((u >> 16) & 1)), (MFT__V)(u | 0x400000));
+}
+
 MFT__BODY void MFT__FN(from_float)(void *dst, mft_dtype dtype, const float *src, int64_t n)
 {
     int64_t i = 0;
     if (dtype == MFT_BF16)
         for (; i + MFT__W <= n; i += MFT__W) {
             MFT__V          x = MFT__LOAD(src + i);
-            MFT__FN(bits)   u = (MFT__FN(bits))x, round = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
-            MFT__FN(shorts) h = __builtin_convertvector((MFT__FN(bits))MFT__FN(select)(x == x, (MFT__V)round, (MFT__V)nan), MFT__FN(shorts));
+            MFT__FN(shorts) h = __builtin_convertvector(MFT__FN(round_bf16)(x) >> 16, MFT__FN(shorts));
             memcpy((uint16_t *)dst + i, &h, sizeof h);
         }
     else if (dtype == MFT_F16)
@@ -6634,34 +6749,6 @@ MFT__HELP const float *MFT__FN(fetch)(float *buffer, const mft__matrix *x, int64
     return buffer + skip;
 }
 
-/* n cells of term `term` from n floats, or, for a row of pairs, from 2n: bf16 numbers, `terms` of which
- * add up to x. One is x rounded; three are x cut after 8 and after 16 bits, and the rest: all 24 bits.
- * The first has all of what is not finite. Floats from `count` on are taken as zeros. */
-MFT__BODY void MFT__FN(cells)(float *dst, const float *src, int64_t count, int64_t n, int pairs, int term, int terms)
-{
-    float    part[64];
-    uint16_t shorts[64];
-    int64_t  i;
-    if (!pairs) { memcpy(dst, src, sizeof(float) * (size_t)count); return; }
-    for (; n > 0; n -= 32, dst += 32, src += 64, count -= 64) {
-        int64_t have = mft__min64(count > 0 ? count : 0, 64), cells = mft__min64(n, 32);
-        for (i = 0; i < 64; i += MFT__W) {
-            MFT__I none = { 0 }, top = none - 65536;                                /* sign, exponent, 7 bits */
-            MFT__V x = i < have ? MFT__FN(in)(src + i, have - i) : MFT__SET1(0.0f), hi = (MFT__V)((MFT__I)x & top), rest = x - hi, mid;
-            if (terms > 1) {
-                rest = MFT__FN(select)(rest == rest, rest, MFT__SET1(0.0f));        /* infinity less itself */
-                mid  = (MFT__V)((MFT__I)rest & top);
-                if (term == 0) x = MFT__FN(select)(x == x, hi, x);                  /* a NaN is rounded below, never cut to infinity */
-                if (term == 1) x = mid;
-                if (term == 2) x = rest - mid;
-            }
-            MFT__STORE(part + i, x);
-        }
-        MFT__FN(from_float)(shorts, MFT_BF16, part, 64);
-        memcpy(dst, shorts, sizeof(float) * (size_t)cells);
-    }
-}
-
 /* Whole panels of quantised rows along the lanes: one block of each k, `pitch` bytes apart, of which this is panel `part`;
  * dtype and part are constants once inlined. */
 MFT__HELP void MFT__FN(gemm_panel_quants)(mft_dtype dtype, int part, float *dst, const uint8_t *block, int64_t pitch, int64_t kc)
@@ -6682,15 +6769,14 @@ MFT__HELP void MFT__FN(gemm_panel_quants)(mft_dtype dtype, int part, float *dst,
     }
 }
 
-/* One panel of the vector side, [cell][lane], for k in [p0, p0 + kc), its terms one after the other; zeros
- * where there are no lanes, and where k is filled up to whole steps. */
+/* One panel of the vector side, [k][lane], for k in [p0, p0 + kc); zeros where there are no lanes. */
 MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l0, int64_t lanes, int64_t p0, int64_t kc)
 {
     enum { LANES = MFT__P * MFT__W, STEP = 64 };
-    float   rows[LANES][STEP + 64], turned[LANES][STEP], cells[LANES][STEP];       /* 32 KB at most */
-    int64_t all = mft__gemm_cells(g->row, kc), p, c, l;
-    int     t, pairs = g->row->k_step > 1;
-    if (g->v.row_stride == 1 && !pairs) {                       /* lanes lie side by side, as panels want them */
+    float   rows[LANES][STEP + 64];
+    int64_t p, c, l;
+    int     t;
+    if (g->v.row_stride == 1) {                                 /* lanes lie side by side, as panels want them */
         int64_t at = g->v_begin + l0, pitch = (int64_t)mft_dtype_bytes(g->v.dtype, g->v.col_stride * 32) / 32;
         if (lanes == LANES && at % LANES == 0 && mft__is_quantized(g->v.dtype)) {
             const uint8_t *block = (const uint8_t *)g->v.data + mft_dtype_bytes(g->v.dtype, at / 32 * 32) + p0 * pitch;
@@ -6715,32 +6801,24 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
         }
         return;
     }
-    if (g->v.dtype == MFT_F32 && g->v.row_stride != 1 && lanes == LANES && kc % MFT__W == 0 && !pairs) {       /* activations: turned where they lie */
+    if (g->v.dtype == MFT_F32 && lanes == LANES && kc % MFT__W == 0) {       /* activations: turned where they lie */
         const float *src = (const float *)g->v.data + (g->v_begin + l0) * g->v.row_stride + p0;
         for (p = 0; p < kc; p += MFT__W)
             for (l = 0; l < LANES; l += MFT__W) MFT__FN(transpose)(dst + p * LANES + l, LANES, src + l * g->v.row_stride + p, g->v.row_stride);
         return;
     }
-    for (p = 0; p < kc; p += STEP) {                            /* else to rows of k, to cells, and turned */
-        const float *src[LANES];
-        int64_t n = mft__min64(kc - p, STEP), n_cells = p + STEP < kc ? (pairs ? STEP / 2 : STEP) : all - (pairs ? p / 2 : p);
-        if (g->v.row_stride == 1) {
-            for (c = 0; c < n; c++) {
-                const float *column = MFT__FN(fetch)(rows[0], &g->v, g->v_begin + l0, p0 + p + c, lanes);
-                for (l = 0; l < lanes; l++) turned[l][c] = column[l];
-            }
-            for (l = 0; l < lanes; l++) src[l] = turned[l];
-        } else for (l = 0; l < lanes; l++) src[l] = MFT__FN(fetch)(rows[l], &g->v, g->v_begin + l0 + l, p0 + p, n);
-        for (t = 0; t < g->v_terms; t++) {
-            float *to = dst + (t * all + (pairs ? p / 2 : p)) * LANES;
-            for (l = 0; l < LANES; l++) {
-                if (l < lanes) MFT__FN(cells)(cells[l], src[l], n, n_cells, pairs, t, g->v_terms);
-                else if (p == 0 && t == 0) memset(cells[l], 0, sizeof cells[l]);
-            }
-            for (c = 0; c + MFT__W <= n_cells; c += MFT__W)
-                for (l = 0; l < LANES; l += MFT__W) MFT__FN(transpose)(to + c * LANES + l, LANES, &cells[l][c], STEP);
-            for (; c < n_cells; c++) for (l = 0; l < LANES; l++) to[c * LANES + l] = cells[l][c];
+    for (p = 0; p < kc; p += STEP) {                            /* else rows of k, turned */
+        int64_t n = mft__min64(kc - p, STEP);
+        float  *to = dst + p * LANES;
+        for (l = 0; l < LANES; l++) {
+            if (l < lanes) {
+                const float *src = MFT__FN(fetch)(rows[l], &g->v, g->v_begin + l0 + l, p0 + p, n);
+                if (src != rows[l]) memmove(rows[l], src, sizeof(float) * (size_t)n);
+            } else if (p == 0) memset(rows[l], 0, sizeof rows[l]);
         }
+        for (c = 0; c + MFT__W <= n; c += MFT__W)
+            for (l = 0; l < LANES; l += MFT__W) MFT__FN(transpose)(to + c * LANES + l, LANES, &rows[l][c], STEP + 64);
+        for (; c < n; c++) for (l = 0; l < LANES; l++) to[c * LANES + l] = rows[l][c];
     }
 }
 
@@ -6753,47 +6831,36 @@ MFT__BODY void MFT__FN(gemm_pack)(void *arg, int64_t begin, int64_t end, int wor
     (void)worker;
     for (; begin < end; begin++) {
         int64_t p0 = begin / n_panels * MFT__KC, l0 = begin % n_panels * LANES, kc = mft__min64(g->k - p0, MFT__KC);
-        float  *dst = g->packed + g->v_terms * (mft__gemm_cells(g->row, p0) * n_panels * LANES + l0 * mft__gemm_cells(g->row, kc));
+        float  *dst = g->packed + p0 * n_panels * LANES + l0 * kc;
         MFT__FN(gemm_panel)(g, dst, l0, mft__min64(g->v_count - l0, LANES), p0, kc);
     }
 }
 
-/* Strips of the scalar side, h rows from row i on: [row][cell], or [k][row] where floats lie so. */
+/* Strips of the scalar side, h rows from row i on: [row][k], or [k][row] where they lie so. */
 MFT__BODY void MFT__FN(gemm_strip)(const mft__gemm_job *g, float *strip, int64_t i, int64_t h, int64_t p0, int64_t kc)
 {
     enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
     float   rows[MFT__KC + 64];
-    int64_t height = g->row->height, cells = mft__gemm_cells(g->row, kc), j, p;
-    int     t, pairs = g->row->k_step > 1;
-    if (g->s.col_stride != 1 && !pairs) {
+    int64_t j, p;
+    if (g->s.col_stride != 1) {
         /* vectors read past the strip, within the line of s, and write past it, where the next k writes */
-        int whole = h == MFT__H && height == MFT__H && i + READ <= g->s_count && (g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16);
-        for (p = 0; p < kc; p++, strip += height) {
+        int whole = h == MFT__H && i + READ <= g->s_count && (g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16);
+        for (p = 0; p < kc; p++, strip += MFT__H) {
             int64_t at = i + (p0 + p) * g->s.col_stride;
             if (whole && g->s.dtype == MFT_F32) for (j = 0; j < MFT__H; j += MFT__W) MFT__STORE(strip + j, MFT__LOAD((const float *)g->s.data + at + j));
             else if (whole) for (j = 0; j < MFT__H; j += MFT__W) MFT__STORE(strip + j, MFT__LOAD_BF16((const uint16_t *)g->s.data + at + j));
             else {
                 const float *src = MFT__FN(fetch)(rows, &g->s, i, p0 + p, h);
-                for (j = 0; j < height; j++) strip[j] = j < h ? src[j] : 0;
+                for (j = 0; j < MFT__H; j++) strip[j] = j < h ? src[j] : 0;
             }
         }
         return;
     }
-    for (j = 0; j < height; j++, strip += MFT__STRIDE) {
-        const float *src = rows;
-        if (j >= h) {
-            for (t = 0; (p0 == 0 || !pairs) && t < g->s_terms; t++) memset(strip + t * height * MFT__STRIDE, 0, sizeof(float) * MFT__STRIDE);
-            continue;
-        }
-        if (g->s.col_stride == 1) {                             /* p0 starts a block: no more than kc are written */
-            src = MFT__FN(fetch)(pairs ? rows : strip, &g->s, i + j, p0, kc);
-            if (src == strip) continue;
-        } else for (p = 0; p < kc; p++) {
-            float        one[64];
-            const float *x = MFT__FN(fetch)(one, &g->s, i + j, p0 + p, 1);
-            rows[p] = *x;
-        }
-        for (t = 0; t < g->s_terms; t++) MFT__FN(cells)(strip + t * height * MFT__STRIDE, src, kc, cells, pairs, t, g->s_terms);
+    for (j = 0; j < MFT__H; j++, strip += MFT__STRIDE) {
+        const float *src;
+        if (j >= h) { memset(strip, 0, sizeof(float) * MFT__STRIDE); continue; }
+        src = MFT__FN(fetch)(strip, &g->s, i + j, p0, kc);      /* p0 starts a block: no more than kc are written */
+        if (src != strip) memcpy(strip, src, sizeof(float) * (size_t)kc);
     }
 }
 
@@ -6896,17 +6963,17 @@ MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, i
 {
     int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part;
     int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min64(g->k - p0, MFT__KC);
-    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), cells = mft__gemm_cells(g->row, p0 + kc), s_i = i, s_p = p0, s_end = end;
+    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), s_i = i, s_p = p0, s_end = end;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
-    if (g->row->k_step == 1) MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
+    MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (s_p >= g->k) { s_i += g->s_next - begin; s_p = 0; s_end = g->s_end; }
     if (s_i < s_end)
         x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
     if (next && g->packed) {
-        from.data = g->packed + g->v_terms * cells * lanes;
-        if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, g->v_terms * lanes * mft__gemm_cells(g->row, next) / 16, 0, 16, at, all);
+        from.data = g->packed + (p0 + kc) * lanes;
+        if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, lanes * next / 16, 0, 16, at, all);
     } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, at, all);
     else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, MFT__KC), at, all);
     else if (!direct || ++at < all) {                           /* directly: the rows of the next strip */
@@ -6924,7 +6991,7 @@ MFT__BODY int64_t MFT__FN(gemm_carry)(const mft__gemm_job *g, mft__carry *c, flo
     enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
     int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min64(g->k - p0, MFT__KC), rows = mft__min64(end - i, MFT__H), made = 0, first;
     memset(c, 0, sizeof *c);
-    if (g->row->k_step > 1 || p0 >= g->k || (g->s.dtype != MFT_F32 && g->s.dtype != MFT_BF16)) return 0;
+    if (p0 >= g->k || (g->s.dtype != MFT_F32 && g->s.dtype != MFT_BF16)) return 0;
     if (g->s.col_stride == 1) {                                 /* rows: vectors of k */
         if (kc % READ || rows % (MFT__H / 3)) return 0;
         c->pieces = kc / READ; made = 1;
@@ -6952,26 +7019,26 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
 {
     enum { LANES = MFT__P * MFT__W };
     int64_t  height = g->row->height, n_panels = (g->v_count + LANES - 1) / LANES, group = mft__gemm_group(g), made = 0, more, p0, i, q;
-    int64_t  strip = g->s_terms * height * MFT__STRIDE;
+    int64_t  strip = height * MFT__STRIDE;
     float   *now   = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes), *then = now + (mft__gemm_strips(g) - group) * strip;
     float   *tile  = now + mft__gemm_strips(g) * strip, *own = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * n_panels * LANES, *swap;
-    int      raw   = !g->packed && g->row->k_step == 1 && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
-    int      direct = g->k <= MFT__KC && !g->swapped && g->row->k_step == 1 && g->alpha == 1 && !g->bias && !g->tail.k
+    int      raw   = !g->packed && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
+    int      direct = g->k <= MFT__KC && !g->swapped && g->alpha == 1 && !g->bias && !g->tail.k
                    && (!g->plus || g->plus == g->c) && g->v_count % LANES == 0 && (end - begin) % (MFT__H / 3) == 0;
     mft__gemm_strip x;
 
     memset(&x, 0, sizeof x);
-    x.s_term = height * MFT__STRIDE; x.s_step = g->s.col_stride == 1 || g->row->k_step > 1 ? 0 : height;
-    x.ld = n_panels * LANES; x.lanes = g->v_count; x.s_terms = g->s_terms; x.v_terms = g->v_terms;
+    x.s_step = g->s.col_stride == 1 ? 0 : height; x.s_terms = x.v_terms = 1;
+    x.ld = n_panels * LANES; x.lanes = g->v_count;
     x.raw_dtype = g->v.dtype; x.raw_step = g->v.col_stride * (g->v.dtype == MFT_F32 ? 4 : 2);
     if (direct) { tile = g->c + begin * g->ldc + g->v_begin; x.ld = g->ldc; }
     for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
         int64_t kc = mft__min64(g->k - p0, MFT__KC);
-        x.cells = mft__gemm_cells(g->row, kc);
-        x.v_panel = LANES * x.cells; x.add = p0 != 0 || (direct && g->plus);
-        x.v = g->packed ? g->packed + g->v_terms * mft__gemm_cells(g->row, p0) * n_panels * LANES : own;
+        x.cells = kc;
+        x.v_panel = LANES * kc; x.add = p0 != 0 || (direct && g->plus);
+        x.v = g->packed ? g->packed + p0 * n_panels * LANES : own;
         for (q = 0; q < n_panels && !g->packed && !raw; q++)
-            MFT__FN(gemm_panel)(g, own + q * LANES * g->v_terms * x.cells, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
+            MFT__FN(gemm_panel)(g, own + q * LANES * kc, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
         for (i = begin; i < end; i += group * height) {
             int64_t parts = mft__min64(group, (end - i - 1) / height + 1), next_i = i, next_p = p0;
             MFT__FN(gemm_next)(g, begin, end, &next_i, &next_p);
@@ -7020,6 +7087,219 @@ MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int 
     }
 }
 
+/* MFT__W floats of a row that is not quantised, from the i-th on */
+MFT__HELP MFT__V MFT__FN(load_as)(mft_dtype dtype, const void *row, int64_t i)
+{
+    if (dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)row + i);
+    if (dtype == MFT_F16)  return MFT__LOAD_F16((const uint16_t *)row + i);
+    return MFT__LOAD((const float *)row + i);
+}
+
+#ifdef MFT__UNZIP_LO                        /* a row with strips of pairs */
+/* Cells of a vector's even and odd numbers, term t at dst + t * apart: bf16 terms that add up to them. One is the number
+ * rounded, or the number if that is bf16 already; three are cut after 8 and 16 bits, and the rest: all 24 bits. The first
+ * has all of what is not finite. */
+MFT__HELP void MFT__FN(pair_up)(float *dst, int64_t apart, MFT__V even, MFT__V odd, int terms, int exact)
+{
+    MFT__FN(bits) none = { 0 }, top = none + 0xffff0000u, quiet = none + 0x400000u;     /* top: sign, exponent, 7 bits */
+    MFT__V zero = MFT__SET1(0.0f), e, o;
+    if (terms == 1) {
+        if (!exact) { even = (MFT__V)MFT__FN(round_bf16)(even); odd = (MFT__V)MFT__FN(round_bf16)(odd); }
+        MFT__STORE(dst, (MFT__V)(((MFT__FN(bits))even >> 16) | ((MFT__FN(bits))odd & top)));
+        return;
+    }
+    e = MFT__FN(select)(even == even, even, (MFT__V)((MFT__FN(bits))even | quiet));     /* a NaN is never cut to infinity */
+    o = MFT__FN(select)(odd  == odd,  odd,  (MFT__V)((MFT__FN(bits))odd  | quiet));
+    MFT__STORE(dst, (MFT__V)(((MFT__FN(bits))e >> 16) | ((MFT__FN(bits))o & top)));
+    e = even - (MFT__V)((MFT__FN(bits))e & top); e = MFT__FN(select)(e == e, e, zero);  /* infinity less itself */
+    o = odd  - (MFT__V)((MFT__FN(bits))o & top); o = MFT__FN(select)(o == o, o, zero);
+    MFT__STORE(dst + apart, (MFT__V)(((MFT__FN(bits))e >> 16) | ((MFT__FN(bits))o & top)));
+    e = e - (MFT__V)((MFT__FN(bits))e & top);
+    o = o - (MFT__V)((MFT__FN(bits))o & top);
+    MFT__STORE(dst + 2 * apart, (MFT__V)(((MFT__FN(bits))e >> 16) | ((MFT__FN(bits))o & top)));
+}
+
+/* A vector of x's contiguous numbers from (r, c) on, of which `have` are there; zeros after. */
+MFT__HELP MFT__V MFT__FN(line)(const mft__matrix *x, int64_t r, int64_t c, int64_t have)
+{
+    float   buffer[MFT__W + 64];
+    int64_t at = r * x->row_stride + c * x->col_stride;
+    if (have <= 0) return MFT__SET1(0.0f);
+    if (have >= MFT__W && x->dtype == MFT_F32)  return MFT__LOAD((const float *)x->data + at);
+    if (have >= MFT__W && x->dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)x->data + at);
+    return MFT__FN(in)(MFT__FN(fetch)(buffer, x, r, c, mft__min64(have, MFT__W)), have);
+}
+
+/* `cells` cells of a whole panel from lines of lanes, `line` bytes apart: two are zipped. */
+MFT__HELP void MFT__FN(zip_lines)(mft_dtype dtype, int terms, float *dst, int64_t apart, const char *src, int64_t line, int64_t cells)
+{
+    enum { LANES = MFT__P * MFT__W };
+    int l;
+    for (; cells > 0; cells--, dst += LANES, src += 2 * line) {
+        MFT__UNROLL
+        for (l = 0; l < LANES; l += MFT__W)
+            MFT__FN(pair_up)(dst + l, apart, MFT__FN(load_as)(dtype, src, l), MFT__FN(load_as)(dtype, src + line, l), terms, dtype == MFT_BF16);
+    }
+}
+
+/* The same of W lanes whose numbers lie along k, `row` apart: squares of W x W are turned. */
+MFT__HELP void MFT__FN(turn_lines)(int terms, int exact, float *dst, int64_t apart, const float *src, int64_t row, int64_t cells)
+{
+    float   square[MFT__W * MFT__W];
+    int64_t i;
+    MFT__FN(transpose)(square, MFT__W, src, row);
+    for (i = 0; i < cells; i++, dst += MFT__P * MFT__W)
+        MFT__FN(pair_up)(dst, apart, MFT__LOAD(square + 2 * i * MFT__W), MFT__LOAD(square + (2 * i + 1) * MFT__W), terms, exact);
+}
+
+/* A panel of `lanes` lanes from `lane` on, [cell][lane] by terms, for k in [p0, p0 + kc); zeros where nothing is. */
+MFT__BODY void MFT__FN(pairs_panel)(const mft__gemm_job *g, float *dst, int64_t lane, int64_t lanes, int64_t p0, int64_t kc)
+{
+    enum { LANES = MFT__P * MFT__W };
+    const mft__matrix *v = &g->v;
+    int64_t cells = mft__gemm_cells(g->row, kc), apart = cells * LANES, c = 0, l, i;
+    int     terms = g->v_terms, exact = v->dtype == MFT_BF16;
+    if (v->row_stride == 1) {
+        if (lanes == LANES && (exact || v->dtype == MFT_F32)) {
+            int64_t     line = (int64_t)mft_dtype_bytes(v->dtype, v->col_stride);
+            const char *src  = (const char *)v->data + p0 * line + mft_dtype_bytes(v->dtype, lane);
+            c = kc / 2;
+            if      (exact && terms == 1) MFT__FN(zip_lines)(MFT_BF16, 1, dst, apart, src, line, c);
+            else if (exact)               MFT__FN(zip_lines)(MFT_BF16, 3, dst, apart, src, line, c);
+            else if (terms == 1)          MFT__FN(zip_lines)(MFT_F32,  1, dst, apart, src, line, c);
+            else                          MFT__FN(zip_lines)(MFT_F32,  3, dst, apart, src, line, c);
+        }
+        for (; c < cells; c++) for (l = 0; l < LANES; l += MFT__W)
+            MFT__FN(pair_up)(dst + c * LANES + l, apart, MFT__FN(line)(v, lane + l, p0 + 2 * c, 2 * c < kc ? lanes - l : 0),
+                             MFT__FN(line)(v, lane + l, p0 + 2 * c + 1, 2 * c + 1 < kc ? lanes - l : 0), terms, exact);
+        return;
+    }
+    for (l = 0; l < LANES; l += MFT__W) for (c = 0; c < cells; c += MFT__W / 2) {
+        const float *src = (const float *)v->data + (lane + l) * v->row_stride + p0 + 2 * c;
+        int64_t      row = v->row_stride, n = mft__min64(cells - c, MFT__W / 2);
+        float        rows[MFT__W * MFT__W];
+        if (v->dtype != MFT_F32 || lanes - l < MFT__W || kc - 2 * c < MFT__W) {
+            for (i = 0; i < MFT__W; i++) MFT__STORE(rows + i * MFT__W, l + i < lanes ? MFT__FN(line)(v, lane + l + i, p0 + 2 * c, kc - 2 * c) : MFT__SET1(0.0f));
+            src = rows; row = MFT__W;
+        }
+        if (terms == 1) MFT__FN(turn_lines)(1, exact, dst + c * LANES + l, apart, src, row, n);
+        else            MFT__FN(turn_lines)(3, exact, dst + c * LANES + l, apart, src, row, n);
+    }
+}
+
+/* `pieces` pieces of 16 cells, `step` apart, from numbers along k. */
+MFT__HELP void MFT__FN(pair_line)(int terms, float *dst, int64_t apart, int64_t step, const float *src, int64_t pieces)
+{
+    int i;
+    for (; pieces > 0; pieces--, dst += step, src += 32) {
+        MFT__UNROLL
+        for (i = 0; i < 16; i += MFT__W) {
+            MFT__V a = MFT__LOAD(src + 2 * i), b = MFT__LOAD(src + 2 * i + MFT__W);
+            MFT__FN(pair_up)(dst + i, apart, MFT__UNZIP_LO(a, b), MFT__UNZIP_HI(a, b), terms, 0);
+        }
+    }
+}
+
+/* A strip of h rows from row i on, by terms, for k in [p0, p0 + kc): [row][MFT__STRIDE], or, if the row is tiled,
+ * [16 cells][row][cell]; zeros where nothing is. */
+MFT__BODY void MFT__FN(pairs_strip)(const mft__gemm_job *g, float *dst, int64_t i, int64_t h, int64_t p0, int64_t kc)
+{
+    const mft__matrix *s = &g->s;
+    int64_t height = g->row->height, cells = mft__gemm_cells(g->row, kc), tiled = g->row->tiled, pitch = tiled ? 16 : (int64_t)MFT__STRIDE;
+    int64_t apart = tiled ? height * cells : height * MFT__STRIDE, step = tiled ? height * 16 : 16, j, c, r, n;
+    int     terms = g->s_terms, exact = s->dtype == MFT_BF16, t;
+    float   squares[3 * MFT__W * MFT__W], turned[MFT__W * MFT__W];
+    if (s->col_stride == 1) for (j = 0; j < height; j++) {
+        int64_t have = j < h ? kc : 0, at = (i + j) * s->row_stride + p0;
+        float  *to = dst + j * pitch;
+        n = have / 32;
+        if      (exact && terms == 1)   for (c = 0; c < n; c++) memcpy(to + c * step, (const uint16_t *)s->data + at + 32 * c, 64);   /* they are cells */
+        else if (s->dtype != MFT_F32)   n = 0;
+        else if (terms == 1)            MFT__FN(pair_line)(1, to, apart, step, (const float *)s->data + at, n);
+        else                            MFT__FN(pair_line)(3, to, apart, step, (const float *)s->data + at, n);
+        for (c = n * 16; c < cells; c += MFT__W) {
+            MFT__V a = MFT__FN(line)(s, i + j, p0 + 2 * c, have - 2 * c), b = MFT__FN(line)(s, i + j, p0 + 2 * c + MFT__W, have - 2 * c - MFT__W);
+            MFT__FN(pair_up)(to + c / 16 * step + c % 16, apart, MFT__UNZIP_LO(a, b), MFT__UNZIP_HI(a, b), terms, exact);
+        }
+    } else for (j = 0; j < height; j += MFT__W) for (c = 0; c < cells; c += MFT__W) {
+        for (r = 0; r < MFT__W; r++) {                          /* cells by row: then turned */
+            int64_t p = 2 * (c + r);
+            MFT__FN(pair_up)(squares + r * MFT__W, MFT__W * MFT__W, MFT__FN(line)(s, i + j, p0 + p, p < kc ? h - j : 0),
+                             MFT__FN(line)(s, i + j, p0 + p + 1, p + 1 < kc ? h - j : 0), terms, exact);
+        }
+        for (t = 0; t < terms; t++) {
+            MFT__FN(transpose)(turned, MFT__W, squares + t * MFT__W * MFT__W, MFT__W);
+            for (r = 0; r < MFT__W && j + r < height; r++)
+                MFT__STORE(dst + j * pitch + c / 16 * step + c % 16 + t * apart + r * pitch, MFT__LOAD(turned + r * MFT__W));
+        }
+    }
+}
+
+/* Rows or lanes [begin, end) of one side, for k in [p0, p0 + kc), one packed piece after the other. */
+MFT__BODY void MFT__FN(pairs_side)(const mft__gemm_job *g, int of_v, float *dst, int64_t begin, int64_t end, int64_t p0)
+{
+    int64_t unit = of_v ? g->row->lanes : g->row->height, kc = mft__min64(g->k - p0, g->kc);
+    for (; begin < end; begin += unit, dst += mft__pairs_piece(g, of_v)) {
+        if (of_v) MFT__FN(pairs_panel)(g, dst, begin, mft__min64(end - begin, unit), p0, kc);
+        else      MFT__FN(pairs_strip)(g, dst, begin, mft__min64(end - begin, unit), p0, kc);
+    }
+}
+
+/* Packs the shared side. Piece i is strip or panel i % n of k block i / n. */
+MFT__BODY void MFT__FN(pairs_pack)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    const mft__gemm_job *g = (const mft__gemm_job *)arg;
+    int64_t unit = g->shares_v ? g->row->lanes : g->row->height, n = (g->x_count - 1) / unit + 1;
+    (void)worker;
+    for (; begin < end; begin++) {
+        int64_t at = begin % n * unit;
+        MFT__FN(pairs_side)(g, g->shares_v, g->packed + begin * mft__pairs_piece(g, g->shares_v), g->x_begin + at,
+                            g->x_begin + mft__min64(at + unit, g->x_count), begin / n * g->kc);
+    }
+}
+
+/* [begin, end) of the other side against all that is packed. */
+MFT__BODY void MFT__FN(pairs_tiles)(void *arg, int64_t begin, int64_t end, int worker)
+{
+    mft__gemm_job g = *(const mft__gemm_job *)arg;
+    const mft__gemm_row *row = g.row;
+    int64_t  piece_s = mft__pairs_piece(&g, 0), piece_v = mft__pairs_piece(&g, 1), of_v = !g.shares_v, p0, i, next;
+    int64_t  unit = of_v ? row->lanes : row->height, shared = (g.x_count - 1) / (of_v ? row->height : row->lanes) + 1;
+    int64_t  s0 = of_v ? g.x_begin : begin, s_end = of_v ? g.x_begin + g.x_count : end, at_once = row->tiled ? s_end - s0 : row->height;
+    float   *own = (float *)(void *)(g.scratch + (size_t)worker * g.scratch_bytes), *tile = own + ((end - begin - 1) / unit + 1) * (of_v ? piece_v : piece_s);
+    const mft__matrix *side = of_v ? &g.v : &g.s;
+    mft__matrix from = { NULL, MFT_F32, 16, 1 };
+    mft__gemm_strip x;
+    memset(&x, 0, sizeof x);
+    g.v_begin = of_v ? begin : g.x_begin; g.v_count = of_v ? end - begin : g.x_count;
+    x.lanes = g.v_count; x.ld = mft__round_up(g.v_count, row->lanes); x.s_terms = g.s_terms; x.v_terms = g.v_terms;
+    x.s_strip = piece_s; x.v_panel = piece_v;
+    for (p0 = 0; p0 < g.k; p0 += g.kc) {
+        const float *packed = g.packed + p0 / g.kc * shared * (of_v ? piece_s : piece_v);
+        MFT__FN(pairs_side)(&g, (int)of_v, own, begin, end, p0);
+        x.cells  = mft__gemm_cells(row, mft__min64(g.k - p0, g.kc));
+        x.s_term = row->tiled ? row->height * x.cells : row->height * MFT__STRIDE;
+        x.v = of_v ? own : packed; x.add = p0 != 0;
+        next = mft__min64(g.k - p0 - g.kc, g.kc);
+        for (i = s0; i < s_end; i += at_once) {
+            int64_t part = (i - s0) / at_once, parts = (s_end - s0 - 1) / at_once + 1;
+            if (next > 0) {                                     /* what the next block of k reads; at last the place in c */
+                x.ahead[0] = MFT__FN(ahead)(side, begin, end - begin, p0 + g.kc, next, part, parts);
+            } else {
+                from.data = g.c; from.row_stride = g.ldc;
+                x.ahead[0] = g.swapped ? MFT__FN(ahead)(&from, g.v_begin, g.v_count, s0, s_end - s0, part, parts)
+                                       : MFT__FN(ahead)(&from, s0, s_end - s0, g.v_begin, g.v_count, part, parts);
+            }
+            x.h = mft__min64(s_end - i, at_once);
+            x.s = (of_v ? packed : own) + part * piece_s;
+            x.tile = tile + (i - s0) * x.ld;
+            row->strip(&x);
+        }
+    }
+    MFT__FN(gemm_out)(&g, tile, x.ld, s0, s_end);
+}
+#endif
+
 /* the MFT__W numbers at x: folded to four, then added */
 MFT__HELP float MFT__FN(quad_sum)(const float *x)
 {
@@ -7028,14 +7308,6 @@ MFT__HELP float MFT__FN(quad_sum)(const float *x)
     memcpy(&s, x, sizeof s);
     for (i = 4; i < MFT__W; i += 4) { memcpy(&t, x + i, sizeof t); s += t; }
     return (s[0] + s[2]) + (s[1] + s[3]);
-}
-
-/* MFT__W floats of a row that is not quantised, from the i-th on */
-MFT__HELP MFT__V MFT__FN(load_as)(mft_dtype dtype, const void *row, int64_t i)
-{
-    if (dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)row + i);
-    if (dtype == MFT_F16)  return MFT__LOAD_F16((const uint16_t *)row + i);
-    return MFT__LOAD((const float *)row + i);
 }
 
 /* sums[r][l] (+)= <s[r], v[l]> over n numbers, lane by lane, for 4 rows and nl vectors; nl and dtype are
@@ -7829,6 +8101,8 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 #  undef MFT__MUL_LOW
 #  undef MFT__ZIP_LO
 #  undef MFT__ZIP_HI
+#  undef MFT__UNZIP_LO
+#  undef MFT__UNZIP_HI
 #  undef MFT__LOAD_F16
 #  undef MFT__STORE_F16
 #  undef MFT__LOAD_BF16

@@ -48,6 +48,17 @@ SOFT static void soft_product(int c, int a, int b)
     }
 }
 
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+/* VDPBF16PS: of each lane the odd product, then the even one, is added */
+#include <immintrin.h>
+__attribute__((target("avx512f"), always_inline)) static inline __m512 soft_dpbf16(__m512 c, __m512 a, __m512 b)
+{
+    __m512i x = (__m512i)a, y = (__m512i)b, high = _mm512_set1_epi32(-65536);
+    c = _mm512_fmadd_ps((__m512)_mm512_and_epi32(x, high), (__m512)_mm512_and_epi32(y, high), c);
+    return _mm512_fmadd_ps((__m512)_mm512_slli_epi32(x, 16), (__m512)_mm512_slli_epi32(y, 16), c);
+}
+#endif
+
 #define MFT__AMX_STAND_IN
 #define MFT__AMX_TARGET
 #define MFT__TILE_CONFIG(c)          ((void)(c), configured = 1)
@@ -56,5 +67,6 @@ SOFT static void soft_product(int c, int a, int b)
 #define MFT__TILE_LOAD(t, p, pitch)  soft_load(t, p, pitch)
 #define MFT__TILE_STORE(t, p, pitch) soft_store(t, p, pitch)
 #define MFT__TILE_BF16(c, a, b)      soft_product(c, a, b)
+#define MFT__DPBF16(c, a, b)         soft_dpbf16(c, a, b)
 
 #endif

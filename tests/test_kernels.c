@@ -457,7 +457,8 @@ static void test_products(void)
 {
     static const int sizes[][3] = { { 1, 1, 1 }, { 1, 5, 3 }, { 1, 100, 300 }, { 2, 33, 65 }, { 5, 67, 257 }, { 7, 7, 7 }, { 16, 17, 31 },
         { 17, 50, 33 }, { 33, 17, 64 }, { 40, 9, 100 }, { 65, 129, 19 }, { 100, 35, 5 }, { 31, 130, 270 }, { 300, 40, 40 }, { 19, 600, 8 }, { 600, 18, 20 },
-        { 60, 160, 96 }, { 300, 96, 272 } };       /* whole tiles: straight to c where k is one block, strips copied ahead where it is two */
+        { 60, 160, 96 }, { 300, 96, 272 },        /* whole tiles: straight to c where k is one block, strips copied ahead where it is two */
+        { 33, 45, 271 }, { 65, 129, 97 }, { 270, 33, 1100 } };             /* wide enough for pairs of bf16, the last in parts of k */
     static const mft_dtype types[] = { MFT_F32, MFT_F16, MFT_BF16, MFT_Q8_0, MFT_Q4_0 };
     size_t s, t;
     int    layout;
@@ -589,7 +590,8 @@ static void test_product_quantized_not_finite(void)
             int    p;
             for (p = 0; p < P; p++) sum += (double)((const float *)a.data)[i * a.m.row_stride + p] * b.exact[p * N + j];
             if (i != at)     wrong += !close_to(c[i * N + j], sum, 1e-5);
-            else if (q == 2) wrong += !(fabs((double)c[i * N + j] - sum) < 1e-40);          /* some 1e-35, in floats */
+            else if (q == 2) wrong += !(fabs((double)c[i * N + j] - sum) < (K->split ? 2e-39 : 1e-40));    /* some 1e-35, in floats; the third
+                                                                                   bf16 term of such ends at 2^-133, 100 of them add up */
             else             wrong += c[i * N + j] - c[i * N + j] == 0;
         }
         operand_free(&a); operand_free(&b); free(c);
@@ -687,7 +689,9 @@ int main(void)
     for (i = 0; (name = mft_kernels_available(i)) != NULL; i++) {
         mft_context *ctx = context(name, 1, MFT_PRECISION_F32);
 #ifdef TEST_ROW
-        if (strcmp(name, TEST_ROW) != 0) { mft_context_destroy(ctx); continue; }
+        char word[32];
+        snprintf(word, sizeof word, " %s ", name);
+        if (!strstr(" " TEST_ROW " ", word)) { mft_context_destroy(ctx); continue; }
 #endif
         K = ctx->kernels;
         found++;
