@@ -2943,7 +2943,7 @@ static mft__pairs_plan mft__pairs_plan_of(mft__gemm_job *g, int64_t shares)
 static void mft__pairs_run(mft_context *ctx, int alone, const mft__gemm_job *whole, const mft__pairs_plan *p)
 {
     mft__gemm_job g = *whole;
-    int64_t at, k0;
+    int64_t at, k0, pieces;
     for (at = 0; at < p->all; at += p->most) for (k0 = 0; k0 < whole->k; k0 += p->step) {
         g.x_begin = at; g.x_count = mft__min64(p->most, p->all - at);
         g.k = mft__min64(p->step, whole->k - k0);
@@ -2952,7 +2952,8 @@ static void mft__pairs_run(mft_context *ctx, int alone, const mft__gemm_job *who
         g.plus   = k0 > 0 ? g.c : whole->plus;                  /* parts of k meet in c; bias and tail come with the first */
         g.bias   = k0 > 0 ? NULL : whole->bias;
         g.tail.k = k0 > 0 ? 0 : whole->tail.k;
-        mft__gemm_run(ctx, alone, ((g.k - 1) / g.kc + 1) * ((g.x_count - 1) / p->unit + 1), 1, g.row->pack, &g);
+        pieces   = ((g.k - 1) / g.kc + 1) * ((g.x_count - 1) / p->unit + 1);
+        mft__gemm_run(ctx, alone, pieces, 1 + pieces / (4 * mft__at_once(ctx)), g.row->pack, &g);
         mft__gemm_run(ctx, alone, p->rest, p->group, g.row->tiles, &g);
     }
 }
@@ -7245,16 +7246,16 @@ MFT__BODY void MFT__FN(pairs_side)(const mft__gemm_job *g, int of_v, float *dst,
     }
 }
 
-/* Packs the shared side. Piece i is strip or panel i % n of k block i / n. */
+/* Packs the shared side. Piece i is k block i % blocks of strip or panel i / blocks: rows are read along. */
 MFT__BODY void MFT__FN(pairs_pack)(void *arg, int64_t begin, int64_t end, int worker)
 {
     const mft__gemm_job *g = (const mft__gemm_job *)arg;
-    int64_t unit = g->shares_v ? g->row->lanes : g->row->height, n = (g->x_count - 1) / unit + 1;
+    int64_t unit = g->shares_v ? g->row->lanes : g->row->height, n = (g->x_count - 1) / unit + 1, blocks = (g->k - 1) / g->kc + 1;
     (void)worker;
     for (; begin < end; begin++) {
-        int64_t at = begin % n * unit;
-        MFT__FN(pairs_side)(g, g->shares_v, g->packed + begin * mft__pairs_piece(g, g->shares_v), g->x_begin + at,
-                            g->x_begin + mft__min64(at + unit, g->x_count), begin / n * g->kc);
+        int64_t at = begin / blocks * unit, block = begin % blocks;
+        MFT__FN(pairs_side)(g, g->shares_v, g->packed + (block * n + begin / blocks) * mft__pairs_piece(g, g->shares_v), g->x_begin + at,
+                            g->x_begin + mft__min64(at + unit, g->x_count), block * g->kc);
     }
 }
 
