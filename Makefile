@@ -4,6 +4,7 @@
 #   make demo       fine-tunes the bundled model on the bundled health records and shows what it learned
 #   make test       every test, also as C++; larger data in ../shared or $MFT_TEST_DATA is used when it is there
 #   make bench      kernels, ops and training steps beside the machine's measured peak
+#   make bench-amx-pace   products of the AMX row at about its pace, on an x86-64 with AVX-512 that has none
 #   make bench-memory   training: mode x model x peak x tokens/s, as the README has it (MODELS="gpt2 ..", STEPS=n)
 #   make sanitize   the tests under the address and undefined-behaviour sanitizers (sanitize-address), those with threads under
 #                   the thread sanitizer (sanitize-thread)
@@ -52,6 +53,9 @@ $(TEXT:%=$(BUILD)/test_%) $(EXAMPLES): override CFLAGS := $(CFLAGS_TEXT)
 $(BUILD)/library.o: $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -DMFT_IMPLEMENTATION -I. -x c -c mft_models.h -o $@
 
+$(BUILD)/test_kernels_amx $(BUILD)/test_kernels_app $(BUILD)/test_kernels_cblas: tests/test_kernels.c
+$(BUILD)/test_golden_amx: tests/test_golden.c
+
 $(INSIDE): $(BUILD)/test_%: tests/test_%.c $(wildcard tests/*.h) $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -Itests $< -o $@ $(LIBS)
 
@@ -80,6 +84,10 @@ demo: $(BUILD)/demo
 bench: $(BUILD)/mft
 	$(RUN) $(BUILD)/mft bench
 
+bench-amx-pace: tools/mft.c tools/amx_pace.h tools/bench.h tools/report.h $(HEADERS) | $(BUILD)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. -include tools/amx_pace.h tools/mft.c -o $(BUILD)/mft-amx-pace $(LIBS)
+	$(RUN) $(BUILD)/mft-amx-pace bench kernels --kernels amx
+
 bench-memory: $(BUILD)/mft
 	@RUN="$(RUN)" BUILD="$(BUILD)" STEPS="$(STEPS)" MODELS="$(MODELS)" sh tools/bench_memory.sh
 
@@ -97,4 +105,4 @@ fuzz: $(FUZZERS)
 clean:
 	rm -rf $(BUILD)
 
-.PHONY: all test demo bench bench-memory sanitize sanitize-address sanitize-thread fuzz clean
+.PHONY: all test demo bench bench-amx-pace bench-memory sanitize sanitize-address sanitize-thread fuzz clean

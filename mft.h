@@ -830,7 +830,7 @@ MFT_API void mft_memory(const mft_context *ctx, mft_memory_report *out)
  *   The owner never waits for a worker that has not begun: it opens a gate, works itself, shuts
  *   the gate when the chunks are used up and waits for those inside. Idle workers look at the gate
  *   for some 40 to 100 us, for the next product of the same layer, and then sleep; to wake one
- *   costs the owner 8 us, and it comes 25 us later. No more are awake than there are cores, and the
+ *   costs some microseconds, and it comes later still. No more are awake than there are cores, and the
  *   last to fall asleep is the first to be woken, its memory still near: so more threads than
  *   cores cost next to nothing (`mft bench threads`).
  * ============================================================================== */
@@ -911,7 +911,7 @@ static int mft__cores(void)
     return n < 1 ? 1 : n > MFT__MAX_THREADS ? MFT__MAX_THREADS : (int)n;
 }
 
-/* Threads that work at the same time: no more than there are cores. For sizes of pieces, where any will do. */
+/* Threads that work at the same time: no more than there are cores. Only for how finely work is cut: numbers must not depend on it. */
 static int mft__at_once(const mft_context *ctx) { return ctx->pool ? ctx->pool->most + 1 : 1; }
 
 enum { MFT__SPINS = 4000 };                 /* looks at the gate before sleep */
@@ -946,11 +946,11 @@ static void mft__worker_sleep(mft__worker *w, uint32_t seen)
     pthread_mutex_unlock(&p->mutex);
 }
 
-/* Wakes n workers, or as many as sleep. */
+/* Wakes workers until n are awake, or none sleeps. */
 static void mft__pool_call(mft__pool *p, int n)
 {
     pthread_mutex_lock(&p->mutex);
-    for (; n > 0 && p->asleep; n--) {
+    while (p->asleep && p->n_workers - p->n_asleep < n) {               /* who has just found the job by itself has left the list */
         mft__worker *w = p->asleep;
         p->asleep = w->below; w->called = 1;
         __atomic_fetch_sub(&p->n_asleep, 1, __ATOMIC_SEQ_CST);
@@ -1020,8 +1020,7 @@ static void mft__parallel(mft_context *ctx, int64_t n, int64_t grain, mft__task 
     __atomic_store_n(&p->gate, gate, __ATOMIC_SEQ_CST);                 /* publishes the job */
 
     call  = p->n_chunks - 1 < (size_t)p->most ? (int)p->n_chunks - 1 : p->most;
-    call -= p->n_workers - __atomic_load_n(&p->n_asleep, __ATOMIC_SEQ_CST);     /* those awake come by themselves */
-    if (call > 0) mft__pool_call(p, call);
+    if (p->n_workers - __atomic_load_n(&p->n_asleep, __ATOMIC_SEQ_CST) < call) mft__pool_call(p, call);     /* those awake come by themselves */
     mft__pool_run(p, 0);
 
     gate = __atomic_fetch_and(&p->gate, ~(uint32_t)MFT__GATE_OPEN, __ATOMIC_ACQ_REL);
@@ -1866,7 +1865,7 @@ typedef struct mft__gemm_strip {
     float       *tile;                             /* [h][ld] sums, added to if `add`          */
     int64_t      ld;
     int          add;
-    int64_t      s_step;                           /* 0: s is [row][MFT__STRIDE]; else [k][s_step] */
+    int64_t      s_step;                           /* 0: s is [row][MFT__STRIDE]; else [k][s_step]; not of tiled strips */
     const float *s, *v;
     int64_t      s_term, s_strip, v_panel;         /* from a term of s, a strip, a panel of v to the next */
     int          s_terms, v_terms;
@@ -2255,6 +2254,7 @@ static int mft__usable_avx512bf16(void) { return mft__usable_avx512() && __built
 #    define MFT__DPBF16(c, a, b) _mm512_dpbf16_ps(c, (__m512bh)(a), (__m512bh)(b))
 #  endif
 #define MFT__STRIP_ONLY
+#define MFT__STRIP_FLOATS       0
 #define MFT__STRIP              mft__strip_avx512bf16
 #define MFT__STRIP_TARGET       __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #define MFT__STEP(x, b, c)      MFT__DPBF16(c, x, b)
@@ -2387,6 +2387,7 @@ MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
     memset(&config, 0, sizeof config);
     config.palette = 1;
     for (i = 0; i < 8; i++) { config.row_bytes[i] = 64; config.rows[i] = 16; }
+    __asm__ __volatile__("" : : "r"(&config) : "memory");        /* gcc's intrinsics do not say what memory they read .. */
     MFT__TILE_CONFIG(&config);
     for (i = 0; i < n; i++) {
         int64_t r = by_strip ? i / panels : i % strips, q = by_strip ? i % panels : i / strips;
@@ -2394,6 +2395,7 @@ MFT__AMX_TARGET static void mft__strip_amx(const mft__gemm_strip *x)
                         x->h - r * 32 > 16, x->lanes - q * 32 > 16, ahead, ask);
     }
     MFT__TILE_RELEASE();
+    __asm__ __volatile__("" : : : "memory");                      /* .. and write */
 }
 #endif
 
@@ -2818,8 +2820,7 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *            and columns on their way out, so u b^T costs no pass over y of its own
  *
  *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
- *   follow the number of threads. Tasks are cut as even as can be, as many for each thread: at 896
- *   rows fixed sizes left one of two threads idle a tenth of the time.
+ *   follow the number of threads. Tasks are cut as even as can be, as many for each thread.
  *
  *   The register tile alone reaches 98 % of the multiply-adds' peak; what is lost goes into packing and waiting for
  *   memory. So each strip asks ahead for what comes after the next (mft__ask): without that a fifth of the time
@@ -2841,6 +2842,12 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
 /* So few strips that packed lanes are not worth sharing: see `columns`. */
 static int mft__gemm_few_strips(const mft__gemm_job *g) { return g->s_count <= 256; }
 
+/* Lanes packed at a time, at most; fewer where k is long, for the second cache. */
+static int64_t mft__gemm_lanes(const mft__gemm_job *g)
+{
+    return (mft__gemm_few_strips(g) || g->k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * g->row->lanes;
+}
+
 /* Quantised rows that lie along k, enough of them to be worth v's digits: see `dots`. */
 static int mft__gemm_by_digits(const mft__gemm_job *g)
 {
@@ -2852,13 +2859,15 @@ static int mft__gemm_by_digits(const mft__gemm_job *g)
  * (to turn it), a number of s for each block of lanes, and the way out spread over k. */
 static double mft__gemm_cost(const mft__gemm_row *row, const mft__gemm_job *g)
 {
+    int64_t block = mft__gemm_lanes(g);
     double v = (double)(mft__round_up(g->v_count, row->width) / row->width), s = (double)mft__round_up(g->s_count, row->height / 3);
     double pack_v = v * (g->v.row_stride == 1 ? 8 : 24);
     double pack_s = s * (g->s.col_stride == 1 ? 9.0 / row->width : g->s.dtype == MFT_F32 || g->s.dtype == MFT_BF16 ? 20.0 / row->height : 6);
-    return s * v + pack_v + pack_s * (double)((g->v_count - 1) / (mft__gemm_few_strips(g) ? MFT__COLUMN_PANELS * row->lanes : 256) + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
+    return s * v + pack_v + pack_s * (double)((g->v_count - 1) / block + 1) + s * v * (g->swapped ? 16 : 4) / (double)g->k;
 }
 
-/* Floats, or pairs of so many bf16 terms. What is thin takes longer to pack as pairs than to multiply as floats. */
+/* Floats, or pairs of so many bf16 terms. What is thin takes longer to pack as pairs than to multiply as floats, so
+ * that with MFT_PRECISION_BF16 products of fewer than 32 rows, columns or k are not rounded. */
 static void mft__gemm_terms(const mft__kernels *kernels, mft_precision precision, mft__gemm_job *g)
 {
     const mft__gemm_row *split = kernels->split;
@@ -3096,7 +3105,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     mft__matrix    bt = b;
     const mft__gemm_row *row;
     mft__pairs_plan pairs;
-    int64_t        group = 1, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), at, all, units;
+    int64_t        group = 1, lanes = 0, threads = ctx->n_threads, shares = mft__at_once(ctx), tail_ld = 0, at, all, units;
     size_t         packed = 0, tail_bytes = 0, floats, bytes;
     int            alone, theirs, digits, flatten = 0;
     char          *memory;
@@ -3132,7 +3141,10 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         }
         if (tail) { g.tail = *tail; tail = NULL; }
     }
-    if (g.tail.k && (g.tail.b.col_stride != 1 || n % g.row->width)) tail_bytes = sizeof(float) * (size_t)(g.tail.k * mft__round_up(n, 16));
+    if (g.tail.k && (g.swapped || g.tail.b.col_stride != 1 || n % g.row->width)) {
+        tail_ld    = mft__round_up(g.swapped ? n + 15 : n, 16); /* turned, vectors begin at any strip's first row */
+        tail_bytes = sizeof(float) * (size_t)(g.tail.k * tail_ld);
+    }
 
     row    = g.row;
     alone  = m * n * k < 200000;
@@ -3145,7 +3157,10 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         group   = mft__round_up(mft__min64(1 + g.s_count / (4 * shares), 1 + 262144 / k), 4);     /* each begins its streams anew */
         floats  = (size_t)(mft__round_up(mft__min64(g.v_count, MFT__FEW), 4) * 8 * row->width);
         if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
-        if (digits)  packed = mft__round64(sizeof(mft__digit_pair) * (size_t)((m + 1) / 2 * ((k + 31) / 32)));
+        if (digits) {                                                   /* so many lanes at a time: w is read again for each */
+            lanes  = mft__min64(m, MFT__PAIRS_MOST);
+            packed = mft__round64(sizeof(mft__digit_pair) * (size_t)((lanes + 1) / 2 * ((k + 31) / 32)));
+        }
         break;
     case MFT__SUMS:
         group  = mft__min64(MFT__SUMS_LANES, mft__round_up((g.v_count - 1) / shares + 1, 64));
@@ -3168,7 +3183,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         break;
     default:
         units   = (g.s_count - 1) / row->height + 1;
-        lanes   = mft__min64((k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * row->lanes, mft__round_up(g.v_count, row->lanes));
+        lanes   = mft__min64(mft__gemm_lanes(&g), mft__round_up(g.v_count, row->lanes));
         g.tasks = mft__gemm_tasks(units, 192 / row->height, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * k));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
@@ -3182,8 +3197,8 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         g.scratch = memory + packed + tail_bytes;
         if (tail_bytes) {
             float *rows = (float *)(void *)(memory + packed);
-            mft__gemm_flatten(ctx->kernels, rows, mft__round_up(n, 16), &g.tail.b, g.tail.k, n);
-            g.tail.b = mft__matrix_f32(rows, mft__round_up(n, 16), 1);
+            mft__gemm_flatten(ctx->kernels, rows, tail_ld, &g.tail.b, g.tail.k, n);
+            g.tail.b = mft__matrix_f32(rows, tail_ld, 1);
         }
         switch (way) {
         case MFT__DOTS:
@@ -3191,8 +3206,15 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
                 mft__gemm_flatten(ctx->kernels, front, k, &g.v, g.v_count, k);
                 g.v.data = front; g.v.dtype = MFT_F32; g.v.row_stride = k; g.v.col_stride = 1;
             }
-            if (digits) { g.packed = front; mft__gemm_run(ctx, alone, (m + 1) / 2, 1, row->digits, &g); }
-            mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &g);
+            for (at = 0; digits && at < m; at += lanes) {
+                mft__gemm_job part = g;
+                part.packed = front; part.v_count = mft__min64(lanes, m - at);
+                part.v.data = (const float *)g.v.data + at * g.v.row_stride;
+                part.c = c + at * ldc; part.plus = g.plus ? g.plus + at * ldc : NULL;
+                mft__gemm_run(ctx, alone, (part.v_count + 1) / 2, 1, row->digits, &part);
+                mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &part);
+            }
+            if (!digits) mft__gemm_run(ctx, alone, g.s_count, group, row->dots, &g);
             break;
         case MFT__SUMS:    mft__gemm_run(ctx, alone, g.v_count, group, row->sums, &g);    break;
         case MFT__THIN:    mft__gemm_run(ctx, alone, g.s_count, group, row->thin, &g);    break;
@@ -7165,10 +7187,9 @@ MFT__BODY void MFT__FN(pairs_panel)(const mft__gemm_job *g, float *dst, int64_t 
             int64_t     line = (int64_t)mft_dtype_bytes(v->dtype, v->col_stride);
             const char *src  = (const char *)v->data + p0 * line + mft_dtype_bytes(v->dtype, lane);
             c = kc / 2;
-            if      (exact && terms == 1) MFT__FN(zip_lines)(MFT_BF16, 1, dst, apart, src, line, c);
-            else if (exact)               MFT__FN(zip_lines)(MFT_BF16, 3, dst, apart, src, line, c);
-            else if (terms == 1)          MFT__FN(zip_lines)(MFT_F32,  1, dst, apart, src, line, c);
-            else                          MFT__FN(zip_lines)(MFT_F32,  3, dst, apart, src, line, c);
+            if      (exact)      MFT__FN(zip_lines)(MFT_BF16, 1, dst, apart, src, line, c);      /* has one term */
+            else if (terms == 1) MFT__FN(zip_lines)(MFT_F32,  1, dst, apart, src, line, c);
+            else                 MFT__FN(zip_lines)(MFT_F32,  3, dst, apart, src, line, c);
         }
         for (; c < cells; c++) for (l = 0; l < LANES; l += MFT__W)
             MFT__FN(pair_up)(dst + c * LANES + l, apart, MFT__FN(line)(v, lane + l, p0 + 2 * c, 2 * c < kc ? lanes - l : 0),
@@ -7961,6 +7982,7 @@ MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int
 }
 
 #define MFT__STRIP        MFT__FN(strip)
+#define MFT__STRIP_FLOATS 1                 /* else pairs, of which s is always by row and v packed */
 #define MFT__STRIP_TARGET MFT__TARGET
 #define MFT__STEP         MFT__FMA
 #endif /* MFT__STRIP_ONLY */
@@ -7985,8 +8007,8 @@ MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline void 
 }
 
 /* tile[i][lane] (+)= sum_p s(i, p) v[p][lane] over h rows and nv vectors, all constants once inlined: h nv
- * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). Four steps at a time: what
- * counts and adds to pointers takes the ports of multiply-adds (with AVX2 a tenth of the time). raw: v is read there
+ * sums stay in registers, each step loads nv vectors and h numbers (s_i, s_p cells apart). Of a whole strip four steps at a time:
+ * what counts and adds to pointers takes the ports of multiply-adds (with AVX2 a tenth of the time). raw: v is read there
  * and packed. */
 MFT__UNUSED MFT__STRIP_TARGET __attribute__((always_inline)) static inline
 void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, const mft__gemm_strip *x, float *tile, const float *v, const char *raw,
@@ -8022,11 +8044,11 @@ void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, const
         mft__ask(ahead, ask);
         MFT__GLUE(MFT__STRIP, _carry)(carry, at, copy);
         n = mft__min64(cells, MFT__ASK_STEPS);
-        for (p = n / K; p > 0; p--, s += K * s_p, v += K * LANES, pack += K * LANES) {
+        for (p = h == MFT__H ? n / K : 0, n -= p * K; p > 0; p--, s += K * s_p, v += K * LANES, pack += K * LANES) {
             MFT__UNROLL
             for (q = 0; q < K; q++) MFT__STEP_OF_K(q);
         }
-        for (p = n % K; p > 0; p--, s += s_p, v += LANES, pack += LANES) MFT__STEP_OF_K(0);
+        for (p = n; p > 0; p--, s += s_p, v += LANES, pack += LANES) MFT__STEP_OF_K(0);
     }
 #undef MFT__STEP_OF_K
     MFT__UNROLL
@@ -8049,10 +8071,10 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
     int64_t    l, at = 0, times = ((x->lanes - 1) / LANES + 1) * ((x->cells - 1) / MFT__ASK_STEPS + 1), ask = mft__lines(x, ahead, times);
     int64_t    copy = (carry.rows * carry.pieces + times - 1) / times;
 #define MFT__TILE_OF(h, nv, raw) do {                                                                                                            \
-        if (x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step,   x, x->tile + l, v, raw, ahead, ask, &carry, &at, copy);            \
+        if (MFT__STRIP_FLOATS && x->s_step) MFT__GLUE(MFT__STRIP, _tile)(h, nv, 1, x->s_step, x, x->tile + l, v, raw, ahead, ask, &carry, &at, copy);            \
         else           MFT__GLUE(MFT__STRIP, _tile)(h, nv, MFT__STRIDE, 1, x, x->tile + l, v, raw, ahead, ask, &carry, &at, copy); } while (0)
 #define MFT__TILE(h) do {                                                                                                                        \
-        if (x->raw)                         MFT__TILE_OF(h, MFT__P, x->raw + l * (x->raw_dtype == MFT_F32 ? 4 : 2));                          \
+        if (MFT__STRIP_FLOATS && x->raw)    MFT__TILE_OF(h, MFT__P, x->raw + l * (x->raw_dtype == MFT_F32 ? 4 : 2));                          \
         else if (x->lanes - l <= MFT__W)    MFT__TILE_OF(h, 1, NULL);                                                                         \
         else                                MFT__TILE_OF(h, MFT__P, NULL); } while (0)
     for (l = 0; l < x->lanes; l += LANES) {
@@ -8066,6 +8088,7 @@ MFT__UNUSED MFT__STRIP_TARGET static void MFT__STRIP(const mft__gemm_strip *x)
 }
 
 #undef MFT__STRIP
+#undef MFT__STRIP_FLOATS
 #undef MFT__STRIP_TARGET
 #undef MFT__STEP
 #ifdef MFT__STRIP_ONLY
