@@ -128,7 +128,7 @@ typedef struct mft_context_desc {
     size_t        memory_budget;            /* bytes the library may hold; a trainer fits its steps into it, mapped
                                                weights and 4 MB for the process counted (mft_trainer_plan) [0 = no cap] */
     size_t        step_arena;               /* bytes set aside for one step's tensors    [0 = grow]      */
-    int           n_threads;                /* at most, the caller's included            [0 = cores we may use] */
+    int           n_threads;                /* at work, at most; the caller's is one      [0 = cores we may use] */
     const char   *kernels;                  /* a row's name, see mft_kernels_name        [NULL = $MFT_KERNELS, else fastest] */
     mft_precision precision;                /* of matrix products                        [f32]           */
     uint64_t      seed;                     /* of dropout                                [0]             */
@@ -568,7 +568,7 @@ struct mft_context {
                                                pass does not want it, 2: and else is kept in bf16 */
     int           in_checkpoint;            /* the first run of a checkpoint's function             */
     int           recomputing;              /* its second run: nobody will read the result itself   */
-    int           result_unread;            /* nor what linear and add make just now                */
+    int           result_unread;            /* nor what linear, lora_linear and add make just now   */
     void        (*drop_pages)(const char *p, uint64_t bytes);   /* of mapped tensors behind each use, see mft__passed; NULL: they stay */
     void       *(*take_pages)(void *state, size_t bytes);       /* zeroed, of a mapped file, for the large weights, gradients and moments
                                                that are made now; NULL: they come from the allocator    */
@@ -1850,7 +1850,7 @@ typedef struct mft__gemm_job {
  * steps of k. All at once they would fill the core's few places for lines under way, and the products would wait. */
 typedef struct mft__ahead { const char *p; int64_t bytes, pitch, rows, at; } mft__ahead;      /* at: bytes asked of this row */
 
-/* Rows of numbers, f32 or bf16, to copy as floats meanwhile, as many pieces of each. */
+/* Rows of numbers, f32 or bf16, to copy as floats meanwhile, each in `pieces` pieces. */
 typedef struct mft__carry {
     const char *from;
     float      *to;
@@ -1876,7 +1876,7 @@ typedef struct mft__gemm_strip {
     int64_t      raw_step;                         /* bytes from one k to the next             */
 } mft__gemm_strip;
 
-/* 32 numbers of two lanes as bytes, step[lane] times (d[0] + d[1] / 254 + d[2] / 254^2), in eighths by turns of the lanes:
+/* 32 numbers of two lanes as bytes, step[lane] times (d[0] + d[1] / 254 + d[2] / 254^2), eight of one lane, eight of the other, and so on:
  * see mft__digits. The pair that has no such form is zeros, its first step NaN. */
 typedef struct mft__digit_pair { int8_t d[3][4][2][8]; float step[4]; } mft__digit_pair;
 
@@ -5474,7 +5474,7 @@ typedef struct mft__update {
     void        *state[MFT__MAX_STATES];    /* in the order of the method's layouts                  */
     int64_t      step;                      /* 1 is the first                                        */
     double       learning_rate, weight_decay, grad_scale;        /* g counts times grad_scale        */
-    double       squares;                   /* the sum of all of g's, as it is                       */
+    double       squares;                   /* of the whole gradient, before grad_scale              */
     uint64_t     seed, stream;              /* of random numbers: this parameter's at this step      */
     const struct mft__code *codes;          /* 8-bit moments: of exp_avg, of exp_avg_sq              */
 } mft__update;
@@ -5948,7 +5948,7 @@ static void mft__update_passed(mft_context *ctx, const mft__slot *s, int64_t at,
     for (k = 0; k < s->n_states; k++) mft__passed(ctx, s->state[k], at / s->per[k], (n + s->per[k] - 1) / s->per[k]);
 }
 
-/* Updates parameter number i by its gradient, of which mft__grad_squares is known, times grad_scale; it is then used up.
+/* Updates parameter number i by its gradient times grad_scale, which is then used up; squares: mft__grad_squares of it.
  * The optimizer's step is the one being made: mft__optimizer_begin has counted it. */
 static mft_status mft__optimizer_update(mft_optimizer *opt, int i, double learning_rate, double grad_scale, double squares)
 {
@@ -6080,7 +6080,7 @@ MFT__BODY void MFT__FN(copy_part)(float *dst, const float *src, int64_t n) { whi
 MFT__HELP MFT__V MFT__FN(in)(const float *p, int64_t left)
 {
     if (__builtin_expect(left >= MFT__W, 1)) return MFT__LOAD(p);
-    else {                                  /* only here: an array that is zeroed in every turn halves a loop's speed */
+    else {                                  /* only here: an array zeroed in every turn is what takes the time then */
         float part[MFT__W] = { 0 };
         MFT__FN(copy_part)(part, p, left);
         return MFT__LOAD(part);
@@ -6419,9 +6419,9 @@ MFT__BODY void MFT__FN(bf16_by_chance)(uint16_t *dst, const float *src, uint64_t
 /* ~0 where a is above e: both are not negative, so that their bits compare as they do, and cheaper than into masks */
 MFT__HELP MFT__I MFT__FN(above)(MFT__V a, MFT__I e) { return (e - (MFT__I)a) >> 31; }
 
-/* The nearest magnitude: its decade by comparing with all edges, then the cell in it; no rounding differs between rows. With
- * n cells in the decade 10^(d-6), y = a n / (0.9 10^(d-6)) + 8 n / 9 counts from n: less first - 1 it is the number of the
- * magnitude. 13 ns for 16 numbers on avx512, 30 on avx2; one after the other, looked up in two tables, they took 86. */
+/* The nearest magnitude: its decade by comparing with all edges, then the cell in it. With n cells in the decade 10^(d-6),
+ * y = a n / (0.9 10^(d-6)) + 8 n / 9 counts from n: less first - 1 it is the number of the magnitude. Rows agree, but for numbers
+ * within a rounding of the middle of two, where a compiler fuses y. `mft bench ops` has what it takes, adamw8bit. */
 MFT__BODY void MFT__FN(code_pack)(const mft__code *c, uint8_t *codes, float *scale, const float *x, int64_t n)
 {
     MFT__V  zero = MFT__SET1(0.0f), one = MFT__SET1(1.0f), sign = MFT__SET1(-0.0f), most = zero, v, a, y, whole;
@@ -6511,7 +6511,7 @@ MFT__HELP double MFT__FN(sum_squares_around)(const float *x, float mean, int64_t
     MFT__V  m  = MFT__SET1(mean);
     int64_t i;
     for (i = 0; i + MFT__W <= n; i += MFT__W) {
-        __builtin_prefetch(x + i + 1024);   /* of gradients, which lie in memory: 1.2 times the speed */
+        __builtin_prefetch(x + i + 1024);   /* of gradients, which lie in memory */
         MFT__FN(widen)(MFT__LOAD(x + i) - m, &lo, &hi);
         s0 += lo * lo; s1 += hi * hi;
     }
@@ -6666,7 +6666,7 @@ MFT__BODY void MFT__FN(layer_norm_backward)(float *dx, float *dw, float *db, con
     }
 }
 
-/* sin and cos of half a vector: x less the nearest n pi/2, in three parts of which the products with n are exact for
+/* sin and cos of half a vector: x less the nearest n pi/2 in three parts, the first two of which have exact products with n for
  * |x| < 2^31, then Taylor's series (the terms left out are below 1e-12), turned by n quarters. */
 MFT__HELP MFT__D MFT__FN(cos_sin1)(MFT__D x, MFT__D *sine)
 {
@@ -6731,7 +6731,7 @@ MFT__BODY void MFT__FN(adamw)(float *p, float *m, float *v, const float *g, int6
     int64_t i;
     MFT__EACH {
         MFT__V d = MFT__IN(g) * gs, mm = MFT__IN(m), vv = MFT__IN(v) * b2;
-        __builtin_prefetch(p + i + 512); __builtin_prefetch(m + i + 512);      /* memory is the limit: 1.07 times the speed */
+        __builtin_prefetch(p + i + 512); __builtin_prefetch(m + i + 512);      /* memory is the limit */
         __builtin_prefetch(v + i + 512); __builtin_prefetch(g + i + 512);
         mm = MFT__FMA(m1, d - mm, mm);
         vv = MFT__FMA(m2 * d, d, vv);

@@ -11166,7 +11166,7 @@ static mft_tensor *mft__module_linear(mft_model *m, int layer, mft__module modul
     if (p && p->magnitude) {
         int         unread = m->ctx->result_unread;
         mft_tensor *y;
-        m->ctx->result_unread = 0;                              /* its parts are ops whose results their derivatives want */
+        m->ctx->result_unread = 0;                              /* it is several ops, whose derivatives read each other's results */
         y = mft_dora_linear(m->ctx, x, w->w->t, bias, p->a, p->b, p->magnitude, p->scale, m->adapters[m->active]->dropout);
         m->ctx->result_unread = unread;
         return plus ? mft_add(m->ctx, plus, y) : y;

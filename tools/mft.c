@@ -122,7 +122,7 @@ static const flag flags[] = {
     { "samples",            INTEGER, AT(samples),            0, 16, "N",   "continue N held-out prompts before and after training         [0]" },
     { "sample-prompt",      STRING,  AT(sample_prompt),      0, 0, "TEXT", "continue this as well; may be given several times" },
     { "name",               STRING,  AT(name),               0, 0, "NAME", "what the report calls a run; once for each LOG               [its file's name]" },
-    { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                               [all cores]" },
+    { "threads",            INTEGER, AT(threads),            1, 1024, "N", "worker threads                                [cores this process may use]" },
     { "kernels",            STRING,  AT(kernels),            0, 0, "NAME", "a row of the kernel table, see mft inspect --help            [fastest]" },
     { "split",              STRING,  AT(split),              0, 0, "NAME", "dev, val or test                                             [test]" },
     { "fewshot",            INTEGER, AT(fewshot),            0, 100, "N",  "worked examples before each question, from dev/              [0]" },
