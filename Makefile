@@ -16,7 +16,7 @@
 CC      ?= cc
 CXX     ?= c++
 CFLAGS  ?= -O2 -g
-CFLAGS_TEXT ?= $(CFLAGS)
+CFLAGS_TEXT ?= -O1 -g
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes
 LIBS     = -lm -lpthread
 BUILD   ?= build
@@ -45,10 +45,10 @@ $(BUILD)/mft: tools/mft.c tools/bench.h tools/report.h $(HEADERS) | $(BUILD)
 INSIDE  := $(patsubst tests/%.c,$(BUILD)/%,$(shell grep -l -e MFT_IMPLEMENTATION -e '"test_.*\.c"' tests/test_*.c))
 OUTSIDE  = $(filter-out $(INSIDE),$(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c)))
 
-# With a sanitizer compiling is what takes the time, so that what computes little is compiled without optimisation,
-# and the debug information is lines alone.
+# Compiling is what takes the time, so that tests that compute little are compiled with less optimisation; with a
+# sanitizer with none, and the debug information is lines alone.
 TEXT = bad_input chat dataset json safetensors tokenizer unicode
-$(TEXT:%=$(BUILD)/test_%) $(EXAMPLES): override CFLAGS := $(CFLAGS_TEXT)
+$(TEXT:%=$(BUILD)/test_%): override CFLAGS := $(CFLAGS_TEXT)
 
 $(BUILD)/library.o: $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -DMFT_IMPLEMENTATION -I. -x c -c mft_models.h -o $@
