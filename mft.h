@@ -1958,7 +1958,7 @@ static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) 
 /* Strips of s that are copied together, while those before them are multiplied; pairs are made when they are needed. */
 static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->s.col_stride != 1 ? MFT__GROUP : 1; }
 static int64_t mft__gemm_strips(const mft__gemm_job *g) { return 2 * mft__gemm_group(g); }
-static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return mft__round_up(kc, row->k_step) / 2; }      /* of pairs */
+MFT__UNUSED static int64_t mft__gemm_cells(const mft__gemm_row *row, int64_t kc) { return mft__round_up(kc, row->k_step) / 2; }      /* of pairs */
 
 /* Cells from one packed strip (panel, if of_v) of a block of k to the next; the last block of k has the same room. */
 static int64_t mft__pairs_piece(const mft__gemm_job *g, int of_v)
@@ -2234,7 +2234,7 @@ MFT__UNUSED __attribute__((target("avx512f"), always_inline)) static inline void
 #define MFT__MIN(a, b)          _mm512_maskz_min_ps(0xffff, a, b)
 #define MFT__MAX(a, b)          _mm512_maskz_max_ps(0xffff, a, b)
 #define MFT__TIMES_2_TO(q, n)   _mm512_maskz_scalef_ps(0xffff, q, n)
-#define MFT__WIDE_LO(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256(v))
+#define MFT__WIDE_LO(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 0))
 #define MFT__WIDE_HI(v)         _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, v, 1))
 #define MFT__MUL_LOW(a, b)      _mm512_maskz_mul_epu32(0xff, (__m512i)(a), (__m512i)(b))
 #define MFT__ZIP_LO(a, b)       _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b)
