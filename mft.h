@@ -2829,11 +2829,9 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   its own. Copying the panels of v so was slower than by the first strip on its way (80 % of the peak, not 90: dy w
  *   128 x 640 x 1024), and so was sharing a page's visit among four panels.
  *
- *   On one core of a Xeon (Emerald Rapids class, AVX-512, `mft bench kernels --threads 1`; shares of the peak measured
- *   beside each line, some points apart from run to run as neighbours come and go): x w^T 128 x 4864 x 896 80 % (f32 w), 86 %
- *   (bf16), 80 % (Q8_0), 81 % (Q4_0); dy w 128 x 640 x 1024 90 %, 128 x 896 x 4864 88 % (bf16), 78 % (f32); x w
- *   128 x 2304 x 768 78 %; x^T dy 768 x 3072 x 1024 78 %. With the AVX2 row 87, 88, 86, 87, 90, 88, 83, 86, 74 %; with two
- *   threads of AVX-512 79, 83, 80, 77, 84, 84, 75, 75, 73 %. */
+ *   `mft bench kernels` on an idle Xeon (Emerald Rapids class), shares of the peak measured beside each product: AVX-512 with one
+ *   thread 80 to 91 %, the gradients of weights 71 to 80 %; with two 75 to 86 %; AVX2 83 to 90 and 77 to 79 %, with two
+ *   threads 81 to 89 %. AMX, played by instructions that take as long (`make bench-amx-pace`): see the README. */
 typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN, MFT__PAIRS } mft__gemm_way;
 
 static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
@@ -2875,6 +2873,7 @@ static void mft__gemm_terms(const mft__kernels *kernels, mft_precision precision
     g->row = kernels->gemm[MFT_PRECISION_F32];
     g->s_terms = g->v_terms = 1;
     if (g->s_count < MFT__PAIRS_LEAST || g->v_count < MFT__PAIRS_LEAST || g->k < MFT__PAIRS_LEAST) return;
+    if (mft__is_quantized(g->s.dtype) || mft__is_quantized(g->v.dtype)) return;     /* six products, and much to convert */
     if (precision != MFT_PRECISION_F32) { g->row = kernels->gemm[precision]; return; }
     if (!split || (s == 1 ? v : v == 1 ? s : 6) > split->max_products) return;
     g->row = split;
