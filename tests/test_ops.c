@@ -994,6 +994,16 @@ static int64_t bad_numbers(mft_context *ctx, int part, int at, float bad, int wi
     return wrong;
 }
 
+static mft_context *row_context(const char *row)
+{
+    mft_context_desc d;
+    mft_context     *ctx = NULL;
+    memset(&d, 0, sizeof d);
+    d.kernels = row; d.n_threads = 1;
+    CHECK(mft_context_create(&d, &ctx) == MFT_OK);
+    return ctx;
+}
+
 static void test_attention_not_finite(void)
 {
     const char *row;
@@ -1001,11 +1011,7 @@ static void test_attention_not_finite(void)
     int32_t     documents[BAD_T];
     for (r = 0; r < BAD_T; r++) documents[r] = r < 70 ? 0 : r < 131 ? 70 : 131;
     for (r = 0; (row = mft_kernels_available(r)) != NULL; r++) {
-        mft_context_desc d;
-        mft_context     *ctx = NULL;
-        memset(&d, 0, sizeof d);
-        d.kernels = row; d.n_threads = 1;
-        CHECK(mft_context_create(&d, &ctx) == MFT_OK);
+        mft_context *ctx = row_context(row);
         for (part = 0; part < 3; part++) for (at = 3; at < BAD_T; at += 71) for (kind = 0; kind < 3; kind++) {
             int64_t wrong = bad_numbers(ctx, part, at, NAN, kind == 1 ? 40 : 0, kind == 2 ? documents : NULL);
             CHECK_MSG(wrong == 0, "%s: NaN in %c at %d, kind %d: %d numbers", row, "qkv"[part], at, kind, (int)wrong);
@@ -1062,11 +1068,7 @@ static void test_attention_infinite_scores(void)
     const char *row;
     int         r, k, kind;
     for (r = 0; (row = mft_kernels_available(r)) != NULL; r++) {
-        mft_context_desc d;
-        mft_context     *ctx = NULL;
-        memset(&d, 0, sizeof d);
-        d.kernels = row; d.n_threads = 1;
-        CHECK(mft_context_create(&d, &ctx) == MFT_OK);
+        mft_context *ctx = row_context(row);
         for (k = 0; k < 3; k++) for (kind = 0; kind < 8; kind++) {
             int64_t wrong = bad_scores(ctx, keys[k], kind & 1 ? -INFINITY : INFINITY, kind & 2 ? 3.0f : 0, kind & 4 ? 70 : 0);
             CHECK_MSG(wrong == 0, "%s: %d keys, kind %d: %d numbers", row, keys[k], kind, (int)wrong);
