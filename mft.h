@@ -1841,7 +1841,8 @@ typedef struct mft__gemm_job {
     mft__tail    tail;                             /* k 0: none; rows of b end on whole vectors */
     float       *packed;                           /* the block of v in panels; of pairs, the shared side; or v in digits */
     int          shares_v;                         /* pairs: v is the side packed once for all tasks, else s   */
-    int64_t      x_begin, x_count, kc;             /* pairs: rows or lanes of it at hand, k of a block */
+    int64_t      x_begin, x_count;                 /* pairs: rows or lanes of it at hand       */
+    int64_t      kc;                               /* k of a block                             */
     char        *scratch;                          /* of worker w: scratch + w * scratch_bytes */
     size_t       scratch_bytes;
 } mft__gemm_job;
@@ -1880,7 +1881,7 @@ typedef struct mft__gemm_strip {
  * see mft__digits. The pair that has no such form is zeros, its first step NaN. */
 typedef struct mft__digit_pair { int8_t d[3][4][2][8]; float step[4]; } mft__digit_pair;
 
-enum { MFT__KC      = 256,                         /* k goes in blocks: a strip of s stays in the first cache */
+enum { MFT__KC      = 256,                         /* k goes in blocks, at most so large: a strip of s stays in the first cache */
        MFT__STRIDE  = MFT__KC + 16,                /* no power of two: rows of a strip share no cache set */
        MFT__TILE_ROWS = 32,                        /* tiles have room for a multiple: the tallest strip writes whole */
        MFT__FEW     = 16,                          /* so few rows are not worth packing for    */
@@ -1895,6 +1896,8 @@ enum { MFT__KC      = 256,                         /* k goes in blocks: a strip 
        MFT__PAIRS_BYTES = 3 << 19,                 /* of it packed: most of the second cache   */
        MFT__PAIRS_TASK = 256,                      /* rows or lanes of the other side that a task takes */
        MFT__NEAR    = 1 << 18,                     /* so many packed numbers stay in the second cache */
+       MFT__BESIDE  = MFT__NEAR / 2,               /* a block of k packed, or a task's tile: both stay there */
+       MFT__PACKED  = 3 << 19,                     /* numbers packed at a time, at most: memory */
        MFT__SEEN_TILE = 64,                        /* rows of attention's other side at a time: copied, STRIDE apart */
        MFT__COPY    = MFT__SEEN_TILE * MFT__STRIDE };
 
@@ -2840,10 +2843,20 @@ static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float al
 /* So few strips that packed lanes are not worth sharing: see `columns`. */
 static int mft__gemm_few_strips(const mft__gemm_job *g) { return g->s_count <= 256; }
 
-/* Lanes packed at a time, at most; fewer where k is long, for the second cache. */
+/* k of a block. Numbers that each task packs for itself where they lie side by side are asked for a block ahead; with lines
+ * some powers of two apart, as weights have, 256 lines of floats do not fit the second cache's sets beside the block at hand. */
+static int64_t mft__gemm_kc(const mft__gemm_job *g)
+{
+    return mft__gemm_few_strips(g) && g->v.row_stride == 1 && g->v.dtype == MFT_F32 && g->k > MFT__KC ? MFT__KC / 2 : MFT__KC;
+}
+
+/* Lanes packed at a time: a block of k for the second cache, all of k for the memory it takes; as even as can be. */
 static int64_t mft__gemm_lanes(const mft__gemm_job *g)
 {
-    return (mft__gemm_few_strips(g) || g->k <= 12 * MFT__KC ? MFT__COLUMN_PANELS : 8) * g->row->lanes;
+    int64_t unit = g->row->lanes, units = (g->v_count - 1) / unit + 1, most = MFT__COLUMN_PANELS;
+    if (!mft__gemm_few_strips(g)) most = mft__max64(1, mft__min64(MFT__BESIDE / mft__min64(g->k, MFT__KC), MFT__PACKED / g->k) / unit);
+    most = (units - 1) / most + 1;                              /* now: how many times */
+    return ((units - 1) / most + 1) * unit;
 }
 
 /* Quantised rows that lie along k, enough of them to be worth v's digits: see `dots`. */
@@ -3136,7 +3149,8 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
             way = MFT__PAIRS;
         } else {
             if (mft__gemm_cost(turned.row, &turned) < mft__gemm_cost(g.row, &g)) g = turned;
-            way = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
+            way  = mft__gemm_few_strips(&g) ? MFT__COLUMNS : MFT__TILES;
+            g.kc = mft__gemm_kc(&g);
         }
         if (tail) { g.tail = *tail; tail = NULL; }
     }
@@ -3178,12 +3192,14 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         units   = (g.v_count - 1) / row->lanes + 1;
         g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, mft__min64(2 * shares, units / 4), shares);
         lanes   = ((units - 1) / g.tasks + 1) * row->lanes;
-        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + mft__min64(k, MFT__KC)) * lanes);
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + mft__min64(k, g.kc)) * lanes);
         break;
     default:
         units   = (g.s_count - 1) / row->height + 1;
-        lanes   = mft__min64(mft__gemm_lanes(&g), mft__round_up(g.v_count, row->lanes));
-        g.tasks = mft__gemm_tasks(units, 192 / row->height, (k * lanes > MFT__NEAR ? 2 : 4) * shares, shares);      /* each fetches all packed numbers */
+        lanes   = mft__gemm_lanes(&g);
+        /* each task fetches all packed numbers: large ones, if that is from far */
+        if (k * lanes > MFT__NEAR) g.tasks = mft__gemm_tasks(units, mft__max64(1, MFT__BESIDE / lanes / row->height), 2 * shares, shares);
+        else                       g.tasks = mft__gemm_tasks(units, 192 / row->height,                                4 * shares, shares);
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * k));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
     }
@@ -3223,7 +3239,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
             g.packed = front;
             for (at = 0, all = g.v_count; at < all; at += lanes) {
                 g.v_begin = at; g.v_count = mft__min64(lanes, all - at);
-                mft__gemm_run(ctx, alone, ((k - 1) / MFT__KC + 1) * ((g.v_count - 1) / row->lanes + 1), 2, row->pack, &g);
+                mft__gemm_run(ctx, alone, ((k - 1) / g.kc + 1) * ((g.v_count - 1) / row->lanes + 1), 2, row->pack, &g);
                 mft__gemm_run(ctx, alone, g.tasks, 1, row->tiles, &g);
             }
         }
@@ -6852,7 +6868,7 @@ MFT__BODY void MFT__FN(gemm_pack)(void *arg, int64_t begin, int64_t end, int wor
     int64_t n_panels = (g->v_count + LANES - 1) / LANES;
     (void)worker;
     for (; begin < end; begin++) {
-        int64_t p0 = begin / n_panels * MFT__KC, l0 = begin % n_panels * LANES, kc = mft__min64(g->k - p0, MFT__KC);
+        int64_t p0 = begin / n_panels * g->kc, l0 = begin % n_panels * LANES, kc = mft__min64(g->k - p0, g->kc);
         float  *dst = g->packed + p0 * n_panels * LANES + l0 * kc;
         MFT__FN(gemm_panel)(g, dst, l0, mft__min64(g->v_count - l0, LANES), p0, kc);
     }
@@ -6974,7 +6990,7 @@ MFT__BODY void MFT__FN(gemm_thin)(void *arg, int64_t begin, int64_t end, int wor
 MFT__HELP void MFT__FN(gemm_next)(const mft__gemm_job *g, int64_t begin, int64_t end, int64_t *i, int64_t *p0)
 {
     *i += mft__gemm_group(g) * g->row->height;
-    if (*i >= end) { *i = begin; *p0 += MFT__KC; }
+    if (*i >= end) { *i = begin; *p0 += g->kc; }
 }
 
 /* What memory to ask for while strip `part` of `parts` from row i on is multiplied: strips of s, those after the ones that
@@ -6984,20 +7000,20 @@ MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, i
                                  int64_t part, int64_t parts, int direct)
 {
     int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part;
-    int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min64(g->k - p0, MFT__KC);
-    int64_t     next = mft__min64(g->k - p0 - kc, MFT__KC), s_i = i, s_p = p0, s_end = end;
+    int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min64(g->k - p0, g->kc);
+    int64_t     next = mft__min64(g->k - p0 - kc, g->kc), s_i = i, s_p = p0, s_end = end;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (s_p >= g->k) { s_i += g->s_next - begin; s_p = 0; s_end = g->s_end; }
     if (s_i < s_end)
-        x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, MFT__KC), part, parts);
+        x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, g->kc), part, parts);
     if (next && g->packed) {
         from.data = g->packed + (p0 + kc) * lanes;
         if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, lanes * next / 16, 0, 16, at, all);
     } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, at, all);
-    else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, MFT__KC), at, all);
+    else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, g->kc), at, all);
     else if (!direct || ++at < all) {                           /* directly: the rows of the next strip */
         from.data = g->c; from.row_stride = g->ldc;
         if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, at, all);
@@ -7011,7 +7027,7 @@ MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, i
 MFT__BODY int64_t MFT__FN(gemm_carry)(const mft__gemm_job *g, mft__carry *c, float *to, int64_t i, int64_t end, int64_t p0, int64_t part, int64_t parts)
 {
     enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
-    int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min64(g->k - p0, MFT__KC), rows = mft__min64(end - i, MFT__H), made = 0, first;
+    int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min64(g->k - p0, g->kc), rows = mft__min64(end - i, MFT__H), made = 0, first;
     memset(c, 0, sizeof *c);
     if (p0 >= g->k || (g->s.dtype != MFT_F32 && g->s.dtype != MFT_BF16)) return 0;
     if (g->s.col_stride == 1) {                                 /* rows: vectors of k */
@@ -7045,7 +7061,7 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     float   *now   = (float *)(void *)(g->scratch + (size_t)worker * g->scratch_bytes), *then = now + (mft__gemm_strips(g) - group) * strip;
     float   *tile  = now + mft__gemm_strips(g) * strip, *own = tile + mft__round_up(end - begin, MFT__TILE_ROWS) * n_panels * LANES, *swap;
     int      raw   = !g->packed && g->v.row_stride == 1 && (g->v.dtype == MFT_F32 || g->v.dtype == MFT_BF16) && g->v_count % LANES == 0;
-    int      direct = g->k <= MFT__KC && !g->swapped && g->alpha == 1 && !g->bias && !g->tail.k
+    int      direct = g->k <= g->kc && !g->swapped && g->alpha == 1 && !g->bias && !g->tail.k
                    && (!g->plus || g->plus == g->c) && g->v_count % LANES == 0 && (end - begin) % (MFT__H / 3) == 0;
     mft__gemm_strip x;
 
@@ -7054,8 +7070,8 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     x.ld = n_panels * LANES; x.lanes = g->v_count;
     x.raw_dtype = g->v.dtype; x.raw_step = g->v.col_stride * (g->v.dtype == MFT_F32 ? 4 : 2);
     if (direct) { tile = g->c + begin * g->ldc + g->v_begin; x.ld = g->ldc; }
-    for (p0 = 0; p0 < g->k; p0 += MFT__KC) {
-        int64_t kc = mft__min64(g->k - p0, MFT__KC);
+    for (p0 = 0; p0 < g->k; p0 += g->kc) {
+        int64_t kc = mft__min64(g->k - p0, g->kc);
         x.cells = kc;
         x.v_panel = LANES * kc; x.add = p0 != 0 || (direct && g->plus);
         x.v = g->packed ? g->packed + p0 * n_panels * LANES : own;
