@@ -497,6 +497,7 @@ static int mft__mul_size(size_t a, size_t b, size_t *out)
 }
 
 static int64_t mft__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t mft__max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* ==============================================================================
  * MARK: - [CONTEXT] Allocation, the list of everything made
@@ -1952,12 +1953,10 @@ typedef struct mft__attention_job {
 
 enum { MFT__ATT_PANELS = 2, MFT__MAX_HEAD_DIM = 512 };    /* panels of lanes in a block: what is copied for one serves both */
 
-static int64_t mft__min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t mft__max64(int64_t a, int64_t b) { return a > b ? a : b; }
 MFT__UNUSED static int mft__min_int(int a, int b) { return a < b ? a : b; }
 static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 /* n in whole units, cut into so many parts, as even as can be: where the i-th begins. */
-static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) { return mft__min64(n, ((n - 1) / unit + 1) * i / parts * unit); }
+static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) { return mft__min(n, ((n - 1) / unit + 1) * i / parts * unit); }
 /* Strips of s that are copied together, while those before them are multiplied; pairs are made when they are needed. */
 static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->s.col_stride != 1 ? MFT__GROUP : 1; }
 static int64_t mft__gemm_strips(const mft__gemm_job *g) { return 2 * mft__gemm_group(g); }
@@ -1977,7 +1976,7 @@ static void mft__visible(const mft__attention_job *a, int64_t b, int64_t t, int3
     int64_t last = t + a->S - a->T, from = a->first_key ? a->first_key[b * a->T + t] : 0;
     if (a->window > 0 && last - a->window + 1 > from) from = last - a->window + 1;
     *end   = (int32_t)(last + 1);
-    *first = (int32_t)(from < 0 ? 0 : mft__min64(from, last + 1));
+    *first = (int32_t)(from < 0 ? 0 : mft__min(from, last + 1));
 }
 
 static float *mft__head(const mft__heads *x, int64_t G, int64_t b, int64_t kv, int64_t r)
@@ -2534,11 +2533,11 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
     for (i = 0; i < g->k && x[i] - x[i] == 0; i++) { }
     if (g->v_count != 1 || !mft__is_quantized(g->s.dtype) || i < g->k) { mft__gemm_dots_neon(arg, begin, end, worker); return; }
     for (r0 = begin; r0 < end; r0 += ROWS) {
-        nr = mft__min64(end - r0, ROWS);
+        nr = mft__min(end - r0, ROWS);
         for (i = 0; i < nr; i++) sums[i] = vdupq_n_f32(0);
         for (b0 = 0; b0 < blocks; b0 += PART) {
-            int64_t nb = mft__min64(blocks - b0, PART);
-            for (b = 0; b < nb; b++) if (!mft__digits_of(&digits[b], x + (b0 + b) * 32, mft__min64(g->k - (b0 + b) * 32, 32))) break;
+            int64_t nb = mft__min(blocks - b0, PART);
+            for (b = 0; b < nb; b++) if (!mft__digits_of(&digits[b], x + (b0 + b) * 32, mft__min(g->k - (b0 + b) * 32, 32))) break;
             if (b < nb) { mft__gemm_dots_neon(arg, begin, end, worker); return; }
             for (i = 0; i < nr; i++) {
                 const uint8_t *p = (const uint8_t *)g->s.data + (r0 + i) * pitch + b0 * size;
@@ -2578,7 +2577,7 @@ MFT__NEON_I8MM_TARGET static inline int32x4_t mft__smmla(int32x4_t c, int8x16_t 
 /* Pairs of lanes lie MFT__DIGIT_PAIRS by MFT__DIGIT_PAIRS, among those block by block of k. */
 static mft__digit_pair *mft__digits_at(const mft__gemm_job *g, int64_t pair, int64_t block)
 {
-    int64_t first = pair / MFT__DIGIT_PAIRS * MFT__DIGIT_PAIRS, n = mft__min64((g->v_count + 1) / 2 - first, MFT__DIGIT_PAIRS);
+    int64_t first = pair / MFT__DIGIT_PAIRS * MFT__DIGIT_PAIRS, n = mft__min((g->v_count + 1) / 2 - first, MFT__DIGIT_PAIRS);
     return (mft__digit_pair *)(void *)g->packed + first * ((g->k + 31) / 32) + block * n + (pair - first);
 }
 
@@ -2595,7 +2594,7 @@ static void mft__gemm_digits(void *arg, int64_t begin, int64_t end, int worker)
             for (l = 0; l < 2 && ok; l++) {
                 memset(&one, 0, sizeof one);
                 lane = 2 * begin + l;
-                if (lane < g->v_count) ok = mft__digits_of(&one, (const float *)g->v.data + lane * g->v.row_stride + b * 32, mft__min64(g->k - b * 32, 32));
+                if (lane < g->v_count) ok = mft__digits_of(&one, (const float *)g->v.data + lane * g->v.row_stride + b * 32, mft__min(g->k - b * 32, 32));
                 for (i = 0; i < 3; i++) for (j = 0; j < 4; j++) memcpy(y->d[i][j][l], one.d[i] + 8 * j, 8);
                 y->step[l] = y->step[l + 2] = one.step;
             }
@@ -2611,13 +2610,13 @@ static void mft__gemm_digits(void *arg, int64_t begin, int64_t end, int worker)
 MFT__NEON_I8MM_TARGET static void mft__digits_tile(const mft__gemm_job *g, int64_t row, int64_t rows, int64_t pair)
 {
     const mft__digit_pair *d = mft__digits_at(g, pair, 0), *first = d;
-    int64_t        blocks = (g->k + 31) / 32, size = g->s.dtype == MFT_Q8_0 ? 34 : 18, n = mft__min64((g->v_count + 1) / 2 - pair, MFT__DIGIT_PAIRS), b, q;
+    int64_t        blocks = (g->k + 31) / 32, size = g->s.dtype == MFT_Q8_0 ? 34 : 18, n = mft__min((g->v_count + 1) / 2 - pair, MFT__DIGIT_PAIRS), b, q;
     const uint8_t *p[4];
     float32x4_t    sums[MFT__DIGIT_PAIRS][2], scale[2], t;
     int8x16_t      w[2][4], lo[4], hi[4];
     int            r, l, i, j;
     for (q = 0; q < n; q++) sums[q][0] = sums[q][1] = vdupq_n_f32(0);
-    for (r = 0; r < 4; r++) p[r] = (const uint8_t *)g->s.data + mft_dtype_bytes(g->s.dtype, (row + mft__min64(r, rows - 1)) * g->s.row_stride);
+    for (r = 0; r < 4; r++) p[r] = (const uint8_t *)g->s.data + mft_dtype_bytes(g->s.dtype, (row + mft__min(r, rows - 1)) * g->s.row_stride);
     for (b = 0; b < blocks; b++, d += n) {
         uint16_t h[4];
         for (r = 0; r < 4; r++) {
@@ -2673,12 +2672,12 @@ static void mft__gemm_dots_neon_i8mm(void *arg, int64_t begin, int64_t end, int 
     const mft__gemm_job *g = (const mft__gemm_job *)arg;
     int64_t pairs = (g->v_count + 1) / 2, q, i;
     if (!g->packed) { mft__gemm_dots_neon_dot(arg, begin, end, worker); return; }
-    for (q = 0; q < pairs; q += MFT__DIGIT_PAIRS) for (i = begin; i < end; i += 4) mft__digits_tile(g, i, mft__min64(end - i, 4), q);
+    for (q = 0; q < pairs; q += MFT__DIGIT_PAIRS) for (i = begin; i < end; i += 4) mft__digits_tile(g, i, mft__min(end - i, 4), q);
     for (q = 0; q < pairs; q++) {
         mft__gemm_job floats = *g;
         const float  *step = mft__digits_at(g, q, 0)->step;
         if (step[0] == step[0]) continue;
-        floats.v_begin = 2 * q; floats.v_count = mft__min64(g->v_count - 2 * q, 2);
+        floats.v_begin = 2 * q; floats.v_count = mft__min(g->v_count - 2 * q, 2);
         mft__gemm_dots_neon(&floats, begin, end, worker);
     }
 }
@@ -2854,7 +2853,7 @@ static int64_t mft__gemm_kc(const mft__gemm_job *g)
 static int64_t mft__gemm_lanes(const mft__gemm_job *g)
 {
     int64_t unit = g->row->lanes, units = (g->v_count - 1) / unit + 1, most = MFT__COLUMN_PANELS;
-    if (!mft__gemm_few_strips(g)) most = mft__max64(1, mft__min64(MFT__BESIDE / mft__min64(g->k, MFT__KC), MFT__PACKED / g->k) / unit);
+    if (!mft__gemm_few_strips(g)) most = mft__max(1, mft__min(MFT__BESIDE / mft__min(g->k, MFT__KC), MFT__PACKED / g->k) / unit);
     most = (units - 1) / most + 1;                              /* now: how many times */
     return ((units - 1) / most + 1) * unit;
 }
@@ -2909,8 +2908,8 @@ static mft__matrix mft__matrix_f32(const float *data, int64_t row_stride, int64_
  * that works. */
 static int64_t mft__gemm_tasks(int64_t units, int64_t most, int64_t tasks, int64_t shares)
 {
-    tasks = mft__round_up(mft__max64((units - 1) / most + 1, tasks), shares);
-    return mft__min64(tasks, units);
+    tasks = mft__round_up(mft__max((units - 1) / most + 1, tasks), shares);
+    return mft__min(tasks, units);
 }
 
 /* What packing and the way out of a product of pairs take, in cycles as counted on AVX-512: bf16 rows are copied, two
@@ -2935,7 +2934,7 @@ static void mft__gemm_run(mft_context *ctx, int alone, int64_t n, int64_t group,
 {
     int64_t i;
     if (!alone) mft__parallel(ctx, n, group, task, g);
-    else for (i = 0; i < n; i += group) task(g, i, mft__min64(i + group, n), 0);
+    else for (i = 0; i < n; i += group) task(g, i, mft__min(i + group, n), 0);
 }
 
 /* How a product of pairs goes: so much of the shared side at a time as stays in the second cache when packed, `most` of
@@ -2950,11 +2949,11 @@ static mft__pairs_plan mft__pairs_plan_of(mft__gemm_job *g, int64_t shares)
     p.unit  = g->shares_v ? row->lanes   : row->height;
     p.all   = g->shares_v ? g->v_count : g->s_count;
     p.rest  = g->shares_v ? g->s_count : g->v_count;
-    p.most  = mft__min64(mft__round_up(p.all, p.unit), MFT__PAIRS_MOST / p.unit * p.unit);
+    p.most  = mft__min(mft__round_up(p.all, p.unit), MFT__PAIRS_MOST / p.unit * p.unit);
     parts   = g->k * p.most * terms / (MFT__PAIRS_BYTES / 2) + 1;
-    g->kc   = mft__min64(mft__round_up(g->k, row->k_step), g->s_terms + g->v_terms > 2 ? MFT__KC / 2 : MFT__KC);
+    g->kc   = mft__min(mft__round_up(g->k, row->k_step), g->s_terms + g->v_terms > 2 ? MFT__KC / 2 : MFT__KC);
     p.step  = mft__round_up((g->k - 1) / parts + 1, g->kc);
-    p.group = mft__min64(mft__round_up(1 + p.rest / (4 * shares), other), MFT__PAIRS_TASK / other * other);
+    p.group = mft__min(mft__round_up(1 + p.rest / (4 * shares), other), MFT__PAIRS_TASK / other * other);
     p.packed = (size_t)(p.step / g->kc * (p.most / p.unit) * mft__pairs_piece(g, g->shares_v));
     p.floats = (size_t)(p.group / other * mft__pairs_piece(g, !g->shares_v)
                         + (g->shares_v ? mft__round_up(p.group, MFT__TILE_ROWS) * p.most : mft__round_up(p.most, MFT__TILE_ROWS) * p.group));
@@ -2966,8 +2965,8 @@ static void mft__pairs_run(mft_context *ctx, int alone, const mft__gemm_job *who
     mft__gemm_job g = *whole;
     int64_t at, k0, pieces;
     for (at = 0; at < p->all; at += p->most) for (k0 = 0; k0 < whole->k; k0 += p->step) {
-        g.x_begin = at; g.x_count = mft__min64(p->most, p->all - at);
-        g.k = mft__min64(p->step, whole->k - k0);
+        g.x_begin = at; g.x_count = mft__min(p->most, p->all - at);
+        g.k = mft__min(p->step, whole->k - k0);
         g.s.data = (const char *)whole->s.data + mft_dtype_bytes(g.s.dtype, k0 * g.s.col_stride);
         g.v.data = (const char *)whole->v.data + mft_dtype_bytes(g.v.dtype, k0 * g.v.col_stride);
         g.plus   = k0 > 0 ? g.c : whole->plus;                  /* parts of k meet in c; bias and tail come with the first */
@@ -2986,7 +2985,7 @@ static void mft__gemm_flatten(const mft__kernels *kernels, float *dst, int64_t l
     float   part[64];
     if (x->col_stride == 1) {
         for (r = 0; r < rows; r++, dst += ld) for (c = 0; c < cols; c += 64) {
-            n = mft__min64(cols - c, 64);
+            n = mft__min(cols - c, 64);
             kernels->to_float(part, (const char *)x->data + mft_dtype_bytes(x->dtype, r * x->row_stride + c), x->dtype,
                               mft__is_quantized(x->dtype) ? mft__round_up(n, 32) : n);
             memcpy(dst + c, part, sizeof(float) * (size_t)n);
@@ -3076,7 +3075,7 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
     if (lda < (ta ? m : k)) lda = ta ? m : k;                   /* one line: its distance to the next may be anything */
     if (ldb < (tb ? k : n)) ldb = tb ? k : n;
     pitch = mft__round_up(cols, 32);
-    step  = mft__min64(lines, 1 + (p->max_bytes && p->max_bytes < MFT__BOUNCE ? (int64_t)p->max_bytes : (int64_t)MFT__BOUNCE) / 4 / pitch);
+    step  = mft__min(lines, 1 + (p->max_bytes && p->max_bytes < MFT__BOUNCE ? (int64_t)p->max_bytes : (int64_t)MFT__BOUNCE) / 4 / pitch);
     if (odd_a || odd_b) {
         bytes  = sizeof(float) * (size_t)(step * pitch);
         bounce = (float *)mft__high(ctx, bytes);
@@ -3089,7 +3088,7 @@ static int mft__gemm_products(mft_context *ctx, int64_t m, int64_t n, int64_t k,
         t.k = ctx->kernels; t.dst = bounce; t.pitch = pitch;
         t.dtype = odd_a ? a.dtype : b.dtype; t.stride = odd_a ? lda : ldb; t.cols = mft__is_quantized(t.dtype) ? pitch : cols;
         for (at = 0; bounce && at < lines && !failed; at += step) {     /* so many lines of the weights, as they are stored */
-            int64_t h = mft__min64(step, lines - at);
+            int64_t h = mft__min(step, lines - at);
             t.src = (const char *)(odd_a ? a.data : b.data) + mft_dtype_bytes(t.dtype, at * t.stride);
             mft__parallel(ctx, h, 1 + 16384 / pitch, mft__bounce_run, &t);
             if      (odd_b && tb) failed = mft__products_fit(p, ta, tb, m, h, k, alpha, (const float *)a.data, lda, bounce, pitch, beta, c + at, ldc);
@@ -3167,16 +3166,16 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
     switch (way) {
     case MFT__DOTS:
         flatten = g.v.dtype != MFT_F32 || g.v.col_stride != 1;
-        group   = mft__round_up(mft__min64(1 + g.s_count / (4 * shares), 1 + 262144 / k), 4);     /* each begins its streams anew */
-        floats  = (size_t)(mft__round_up(mft__min64(g.v_count, MFT__FEW), 4) * 8 * row->width);
+        group   = mft__round_up(mft__min(1 + g.s_count / (4 * shares), 1 + 262144 / k), 4);     /* each begins its streams anew */
+        floats  = (size_t)(mft__round_up(mft__min(g.v_count, MFT__FEW), 4) * 8 * row->width);
         if (flatten) packed = mft__round64(sizeof(float) * (size_t)(g.v_count * k));
         if (digits) {                                                   /* so many lanes at a time: w is read again for each */
-            lanes  = mft__min64(m, MFT__PAIRS_MOST);
+            lanes  = mft__min(m, MFT__PAIRS_MOST);
             packed = mft__round64(sizeof(mft__digit_pair) * (size_t)((lanes + 1) / 2 * ((k + 31) / 32)));
         }
         break;
     case MFT__SUMS:
-        group  = mft__min64(MFT__SUMS_LANES, mft__round_up((g.v_count - 1) / shares + 1, 64));
+        group  = mft__min(MFT__SUMS_LANES, mft__round_up((g.v_count - 1) / shares + 1, 64));
         floats = (size_t)((MFT__SUMS_LANES + 64) * (4 + g.s_count));
         break;
     case MFT__THIN:
@@ -3190,15 +3189,15 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         break;
     case MFT__COLUMNS:
         units   = (g.v_count - 1) / row->lanes + 1;
-        g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, mft__min64(2 * shares, units / 4), shares);
+        g.tasks = mft__gemm_tasks(units, MFT__COLUMN_PANELS, mft__min(2 * shares, units / 4), shares);
         lanes   = ((units - 1) / g.tasks + 1) * row->lanes;
-        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + mft__min64(k, g.kc)) * lanes);
+        floats += (size_t)((mft__round_up(g.s_count, MFT__TILE_ROWS) + mft__min(k, g.kc)) * lanes);
         break;
     default:
         units   = (g.s_count - 1) / row->height + 1;
         lanes   = mft__gemm_lanes(&g);
         /* each task fetches all packed numbers: large ones, if that is from far */
-        if (k * lanes > MFT__NEAR) g.tasks = mft__gemm_tasks(units, mft__max64(1, MFT__BESIDE / lanes / row->height), 2 * shares, shares);
+        if (k * lanes > MFT__NEAR) g.tasks = mft__gemm_tasks(units, mft__max(1, MFT__BESIDE / lanes / row->height), 2 * shares, shares);
         else                       g.tasks = mft__gemm_tasks(units, 192 / row->height,                                4 * shares, shares);
         packed  = mft__round64(sizeof(float) * (size_t)(lanes * k));
         floats += (size_t)(mft__round_up(((units - 1) / g.tasks + 1) * row->height, MFT__TILE_ROWS) * lanes);
@@ -3223,7 +3222,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
             }
             for (at = 0; digits && at < m; at += lanes) {
                 mft__gemm_job part = g;
-                part.packed = front; part.v_count = mft__min64(lanes, m - at);
+                part.packed = front; part.v_count = mft__min(lanes, m - at);
                 part.v.data = (const float *)g.v.data + at * g.v.row_stride;
                 part.c = c + at * ldc; part.plus = g.plus ? g.plus + at * ldc : NULL;
                 mft__gemm_run(ctx, alone, (part.v_count + 1) / 2, 1, row->digits, &part);
@@ -3238,7 +3237,7 @@ static int mft__gemm_tailed(mft_context *ctx, int64_t m, int64_t n, int64_t k, f
         default:
             g.packed = front;
             for (at = 0, all = g.v_count; at < all; at += lanes) {
-                g.v_begin = at; g.v_count = mft__min64(lanes, all - at);
+                g.v_begin = at; g.v_count = mft__min(lanes, all - at);
                 mft__gemm_run(ctx, alone, ((k - 1) / g.kc + 1) * ((g.v_count - 1) / row->lanes + 1), 2, row->pack, &g);
                 mft__gemm_run(ctx, alone, g.tasks, 1, row->tiles, &g);
             }
@@ -4857,7 +4856,7 @@ typedef struct mft__xent_task {
     const int32_t *rows, *labels;
     const float   *logits;                  /* [.., V] for the whole op, a tile [count, tile] for the fused one */
     float         *out, *high, *sum, *label_logit;      /* of each row: the greatest logit, sum of exp(logit - high) */
-    int64_t        vocab, tile_begin;
+    int64_t        vocab, tile_begin, pitch;        /* pitch, fused: from a row of the tile to the next */
     float          s, softcap;
     int64_t        most;                    /* fused: rows of x. Memory at the high end is taken for all of them,
                                                so that it lies where the plan laid it, however many count      */
@@ -4952,8 +4951,9 @@ MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, cons
     return y;
 }
 
-/* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB ---- */
-enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048 };
+/* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB; of fewer rows wider ones, up to
+ *      2 MB. Rows are a little more than a power of two apart, so as not to share sets of the caches: 3 % of the product ---- */
+enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048, MFT__HEAD_LOGITS = 1 << 19, MFT__HEAD_APART = 16 };
 
 /* A tile's logits into the running maximum and sum of each row, and the label's logit where it falls in. What is
  * left in the tile is what the row's dx gets of each w: exp(logit - high), times the soft cap's derivative. */
@@ -4964,7 +4964,7 @@ static void mft__head_forward_run(void *arg, int64_t begin, int64_t end, int wor
     int64_t i, c, k, n = t->vocab, cols = t->w->shape[1];
     (void)worker;
     for (i = begin; i < end; i++) {
-        float  *x = t->out + i * n, high;
+        float  *x = t->out + i * t->pitch, high;
         int64_t label = t->labels[t->rows[i]] - t->tile_begin;
         if (t->softcap > 0) for (c = 0; c < n; c++) x[c] = t->softcap * tanhf(x[c] / t->softcap);
         if (label >= 0 && label < n) t->label_logit[i] = x[label];
@@ -5011,7 +5011,7 @@ static void mft__head_backward_run(void *arg, int64_t begin, int64_t end, int wo
     int64_t i, c, n = t->vocab;
     (void)worker;
     for (i = begin; i < end; i++) {
-        float  *x = t->out + i * n;
+        float  *x = t->out + i * t->pitch;
         int64_t label = t->labels[t->rows[i]] - t->tile_begin;
         if (t->softcap > 0) {
             for (c = 0; c < n; c++) {
@@ -5056,26 +5056,27 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
                             float *dx, float *dw, int add_dw)
 {
     int64_t cols = w->shape[1], vocab = w->shape[0], v, r;
-    int64_t rows_most = mft__min(t->most, MFT__HEAD_ROWS), tile_most = mft__min(vocab, MFT__HEAD_TILE);
-    size_t  bytes = (size_t)(rows_most * tile_most) * sizeof(float);
+    int64_t rows_most = mft__min(t->most, MFT__HEAD_ROWS), tile_most = mft__min(vocab, mft__max(MFT__HEAD_TILE, MFT__HEAD_LOGITS / rows_most));
+    int64_t pitch = tile_most + MFT__HEAD_APART;
+    size_t  bytes = (size_t)(rows_most * pitch) * sizeof(float);
     const int32_t *rows = t->rows;
     float  *tile = (float *)mft__high(ctx, bytes), *high = t->high, *sum = t->sum, *label_logit = t->label_logit, *kept = t->dx;
     if (!tile) { mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY); return; }
-    t->out = tile;
-    for (v = 0; n && v < vocab && !mft__cancelled(ctx); v += MFT__HEAD_TILE) {  /* the weights pass by once */
-        int64_t nv = mft__min(vocab - v, MFT__HEAD_TILE);
+    t->out = tile; t->pitch = pitch;
+    for (v = 0; n && v < vocab && !mft__cancelled(ctx); v += tile_most) {  /* the weights pass by once */
+        int64_t nv = mft__min(vocab - v, tile_most);
         const char *wv = (const char *)w->data + mft_dtype_bytes(w->dtype, v * w->stride[0]);
         if (!mft__need(ctx, w, v * w->stride[0], nv * cols)) break;
         t->vocab = nv; t->tile_begin = v;
         for (r = 0; r < n; r += MFT__HEAD_ROWS) {
             int64_t nr = mft__min(n - r, MFT__HEAD_ROWS);
-            mft__product(ctx, nr, nv, cols, 1, mft__matrix_f32(x + r * cols, cols, 1), mft__matrix_of(wv, w->dtype, w->stride[1], w->stride[0]), NULL, 0, tile, nv);
+            mft__product(ctx, nr, nv, cols, 1, mft__matrix_f32(x + r * cols, cols, 1), mft__matrix_of(wv, w->dtype, w->stride[1], w->stride[0]), NULL, 0, tile, pitch);
             t->rows = rows + r; t->high = high + r; t->sum = sum + r; t->label_logit = label_logit ? label_logit + r : NULL;
             t->dx = kept ? kept + r * cols : NULL;
             if (MFT__RUNS(ctx)) mft__parallel(ctx, nr, 4, run, t);
-            if (dx) mft__product(ctx, nr, cols, nv, 1, mft__matrix_f32(tile, nv, 1), mft__matrix_of(wv, w->dtype, w->stride[0], w->stride[1]),
+            if (dx) mft__product(ctx, nr, cols, nv, 1, mft__matrix_f32(tile, pitch, 1), mft__matrix_of(wv, w->dtype, w->stride[0], w->stride[1]),
                                  NULL, v > 0, dx + r * cols, cols);
-            if (dw) mft__product(ctx, nv, cols, nr, 1, mft__matrix_f32(tile, 1, nv), mft__matrix_f32(x + r * cols, cols, 1),
+            if (dw) mft__product(ctx, nv, cols, nr, 1, mft__matrix_f32(tile, 1, pitch), mft__matrix_f32(x + r * cols, cols, 1),
                                  NULL, add_dw || r > 0, dw + v * w->stride[0], w->stride[0]);
         }
         mft__passed(ctx, w, v * w->stride[0], nv * cols);
@@ -6392,7 +6393,7 @@ MFT__BODY void MFT__FN(dropout)(float *y, const float *x, float p, uint64_t seed
     MFT__FN(bits)   u, none = { 0 }, least = none + below;
     int64_t         i, n;
     for (; n_all > 0; n_all -= n, first += n, x += n, y += n) {
-        n = mft__min64(n_all, MFT__DRAWS);
+        n = mft__min(n_all, MFT__DRAWS);
         MFT__FN(draw)(bits, seed, stream, (uint64_t)first / 2, n);
         MFT__EACH {
             MFT__V v;
@@ -6414,7 +6415,7 @@ MFT__BODY void MFT__FN(bf16_by_chance)(uint16_t *dst, const float *src, uint64_t
     MFT__V          x;
     int64_t         i, n;
     for (; n_all > 0; n_all -= n, first += n, src += n, dst += n) {
-        n = mft__min64(n_all, 2 * MFT__DRAWS);
+        n = mft__min(n_all, 2 * MFT__DRAWS);
         MFT__FN(draw)(bits, seed, stream, (uint64_t)first / 4, (n + 1) / 2);
         MFT__EACH {
             x = MFT__IN(src);
@@ -6787,6 +6788,14 @@ MFT__HELP const float *MFT__FN(fetch)(float *buffer, const mft__matrix *x, int64
     return buffer + skip;
 }
 
+/* MFT__W floats of a row that is not quantised, from the i-th on */
+MFT__HELP MFT__V MFT__FN(load_as)(mft_dtype dtype, const void *row, int64_t i)
+{
+    if (dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)row + i);
+    if (dtype == MFT_F16)  return MFT__LOAD_F16((const uint16_t *)row + i);
+    return MFT__LOAD((const float *)row + i);
+}
+
 /* Whole panels of quantised rows along the lanes: one block of each k, `pitch` bytes apart, of which this is panel `part`;
  * dtype and part are constants once inlined. */
 MFT__HELP void MFT__FN(gemm_panel_quants)(mft_dtype dtype, int part, float *dst, const uint8_t *block, int64_t pitch, int64_t kc)
@@ -6810,7 +6819,7 @@ MFT__HELP void MFT__FN(gemm_panel_quants)(mft_dtype dtype, int part, float *dst,
 /* One panel of the vector side, [k][lane], for k in [p0, p0 + kc); zeros where there are no lanes. */
 MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l0, int64_t lanes, int64_t p0, int64_t kc)
 {
-    enum { LANES = MFT__P * MFT__W, STEP = 64 };
+    enum { LANES = MFT__P * MFT__W, STEP = 64, AHEAD = 8 };
     float   rows[LANES][STEP + 64];
     int64_t p, c, l;
     int     t;
@@ -6828,10 +6837,11 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
         }
         for (p = 0; p < kc; p++, dst += LANES) {
             const float *src;
-            if (lanes == LANES && g->v.dtype == MFT_BF16) {     /* most of what training packs so: dy w */
-                const uint16_t *h = (const uint16_t *)g->v.data + g->v_begin + l0 + (p0 + p) * g->v.col_stride;
-                if (p + 8 < kc) __builtin_prefetch(h + 8 * g->v.col_stride, 0, 2);
-                for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, MFT__LOAD_BF16(h + l));
+            if (lanes == LANES && (g->v.dtype == MFT_BF16 || g->v.dtype == MFT_F32)) {     /* most of what training packs so */
+                int64_t     size = g->v.dtype == MFT_F32 ? 4 : 2;
+                const char *from = (const char *)g->v.data + (g->v_begin + l0 + (p0 + p) * g->v.col_stride) * size;
+                for (l = 0; p + AHEAD < kc && l < LANES * size; l += 64) __builtin_prefetch(from + AHEAD * g->v.col_stride * size + l, 0, 2);
+                for (l = 0; l < LANES; l += MFT__W) MFT__STORE(dst + l, MFT__FN(load_as)(g->v.dtype, from, l));
                 continue;
             }
             src = MFT__FN(fetch)(rows[0], &g->v, g->v_begin + l0, p0 + p, lanes);
@@ -6846,7 +6856,7 @@ MFT__BODY void MFT__FN(gemm_panel)(const mft__gemm_job *g, float *dst, int64_t l
         return;
     }
     for (p = 0; p < kc; p += STEP) {                            /* else rows of k, turned */
-        int64_t n = mft__min64(kc - p, STEP);
+        int64_t n = mft__min(kc - p, STEP);
         float  *to = dst + p * LANES;
         for (l = 0; l < LANES; l++) {
             if (l < lanes) {
@@ -6868,9 +6878,9 @@ MFT__BODY void MFT__FN(gemm_pack)(void *arg, int64_t begin, int64_t end, int wor
     int64_t n_panels = (g->v_count + LANES - 1) / LANES;
     (void)worker;
     for (; begin < end; begin++) {
-        int64_t p0 = begin / n_panels * g->kc, l0 = begin % n_panels * LANES, kc = mft__min64(g->k - p0, g->kc);
+        int64_t p0 = begin / n_panels * g->kc, l0 = begin % n_panels * LANES, kc = mft__min(g->k - p0, g->kc);
         float  *dst = g->packed + p0 * n_panels * LANES + l0 * kc;
-        MFT__FN(gemm_panel)(g, dst, l0, mft__min64(g->v_count - l0, LANES), p0, kc);
+        MFT__FN(gemm_panel)(g, dst, l0, mft__min(g->v_count - l0, LANES), p0, kc);
     }
 }
 
@@ -7000,20 +7010,20 @@ MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, i
                                  int64_t part, int64_t parts, int direct)
 {
     int64_t     height = g->row->height, all = (end - begin - 1) / height + 1, at = (i - begin) / height + part;
-    int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min64(g->k - p0, g->kc);
-    int64_t     next = mft__min64(g->k - p0 - kc, g->kc), s_i = i, s_p = p0, s_end = end;
+    int64_t     lanes = mft__round_up(x->lanes, MFT__P * MFT__W), kc = mft__min(g->k - p0, g->kc);
+    int64_t     next = mft__min(g->k - p0 - kc, g->kc), s_i = i, s_p = p0, s_end = end;
     mft__matrix from = { NULL, MFT_F32, 16, 1 };
     memset(x->ahead, 0, sizeof x->ahead);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     MFT__FN(gemm_next)(g, begin, end, &s_i, &s_p);
     if (s_p >= g->k) { s_i += g->s_next - begin; s_p = 0; s_end = g->s_end; }
     if (s_i < s_end)
-        x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min64(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min64(g->k - s_p, g->kc), part, parts);
+        x->ahead[0] = MFT__FN(ahead)(&g->s, s_i, mft__min(s_end - s_i, mft__gemm_group(g) * height), s_p, mft__min(g->k - s_p, g->kc), part, parts);
     if (next && g->packed) {
         from.data = g->packed + (p0 + kc) * lanes;
         if (g->k * lanes > MFT__NEAR) x->ahead[1] = MFT__FN(ahead)(&from, 0, lanes * next / 16, 0, 16, at, all);
     } else if (next)      x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_begin, g->v_count, p0 + kc, next, at, all);
-    else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min64(g->k, g->kc), at, all);
+    else if (g->n_next)   x->ahead[1] = MFT__FN(ahead)(&g->v, g->v_next, g->n_next, 0, mft__min(g->k, g->kc), at, all);
     else if (!direct || ++at < all) {                           /* directly: the rows of the next strip */
         from.data = g->c; from.row_stride = g->ldc;
         if (g->swapped) x->ahead[1] = MFT__FN(ahead)(&from, g->v_begin, g->v_count, begin, end - begin, at, all);
@@ -7027,7 +7037,7 @@ MFT__BODY void MFT__FN(gemm_ahead)(const mft__gemm_job *g, mft__gemm_strip *x, i
 MFT__BODY int64_t MFT__FN(gemm_carry)(const mft__gemm_job *g, mft__carry *c, float *to, int64_t i, int64_t end, int64_t p0, int64_t part, int64_t parts)
 {
     enum { READ = (MFT__H + MFT__W - 1) / MFT__W * MFT__W };
-    int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min64(g->k - p0, g->kc), rows = mft__min64(end - i, MFT__H), made = 0, first;
+    int64_t size = g->s.dtype == MFT_F32 ? 4 : 2, kc = mft__min(g->k - p0, g->kc), rows = mft__min(end - i, MFT__H), made = 0, first;
     memset(c, 0, sizeof *c);
     if (p0 >= g->k || (g->s.dtype != MFT_F32 && g->s.dtype != MFT_BF16)) return 0;
     if (g->s.col_stride == 1) {                                 /* rows: vectors of k */
@@ -7071,18 +7081,18 @@ MFT__HELP void MFT__FN(gemm_block)(const mft__gemm_job *g, int64_t begin, int64_
     x.raw_dtype = g->v.dtype; x.raw_step = g->v.col_stride * (g->v.dtype == MFT_F32 ? 4 : 2);
     if (direct) { tile = g->c + begin * g->ldc + g->v_begin; x.ld = g->ldc; }
     for (p0 = 0; p0 < g->k; p0 += g->kc) {
-        int64_t kc = mft__min64(g->k - p0, g->kc);
+        int64_t kc = mft__min(g->k - p0, g->kc);
         x.cells = kc;
         x.v_panel = LANES * kc; x.add = p0 != 0 || (direct && g->plus);
         x.v = g->packed ? g->packed + p0 * n_panels * LANES : own;
         for (q = 0; q < n_panels && !g->packed && !raw; q++)
-            MFT__FN(gemm_panel)(g, own + q * LANES * kc, q * LANES, mft__min64(g->v_count - q * LANES, LANES), p0, kc);
+            MFT__FN(gemm_panel)(g, own + q * LANES * kc, q * LANES, mft__min(g->v_count - q * LANES, LANES), p0, kc);
         for (i = begin; i < end; i += group * height) {
-            int64_t parts = mft__min64(group, (end - i - 1) / height + 1), next_i = i, next_p = p0;
+            int64_t parts = mft__min(group, (end - i - 1) / height + 1), next_i = i, next_p = p0;
             MFT__FN(gemm_next)(g, begin, end, &next_i, &next_p);
             for (more = q = 0; q < parts; q++) {
                 int64_t row = i + q * height;
-                x.h = mft__min64(end - row, height);
+                x.h = mft__min(end - row, height);
                 x.s = now + q * strip; x.tile = tile + (row - begin) * x.ld;
                 x.raw = raw && row == begin ? (const char *)g->v.data + mft_dtype_bytes(g->v.dtype, g->v_begin) + p0 * x.raw_step : NULL;
                 if (q >= made) MFT__FN(gemm_strip)(g, now + q * strip, row, x.h, p0, kc);
@@ -7125,14 +7135,6 @@ MFT__BODY void MFT__FN(gemm_columns)(void *arg, int64_t begin, int64_t end, int 
     }
 }
 
-/* MFT__W floats of a row that is not quantised, from the i-th on */
-MFT__HELP MFT__V MFT__FN(load_as)(mft_dtype dtype, const void *row, int64_t i)
-{
-    if (dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)row + i);
-    if (dtype == MFT_F16)  return MFT__LOAD_F16((const uint16_t *)row + i);
-    return MFT__LOAD((const float *)row + i);
-}
-
 #ifdef MFT__UNZIP_LO                        /* a row with strips of pairs */
 /* Cells of a vector's even and odd numbers, term t at dst + t * apart: bf16 terms that add up to them. One is the number
  * rounded, or the number if that is bf16 already; three are cut after 8 and 16 bits, and the rest: all 24 bits. The first
@@ -7165,7 +7167,7 @@ MFT__HELP MFT__V MFT__FN(line)(const mft__matrix *x, int64_t r, int64_t c, int64
     if (have <= 0) return MFT__SET1(0.0f);
     if (have >= MFT__W && x->dtype == MFT_F32)  return MFT__LOAD((const float *)x->data + at);
     if (have >= MFT__W && x->dtype == MFT_BF16) return MFT__LOAD_BF16((const uint16_t *)x->data + at);
-    return MFT__FN(in)(MFT__FN(fetch)(buffer, x, r, c, mft__min64(have, MFT__W)), have);
+    return MFT__FN(in)(MFT__FN(fetch)(buffer, x, r, c, mft__min(have, MFT__W)), have);
 }
 
 /* `cells` cells of a whole panel from lines of lanes, `line` bytes apart: two are zipped. */
@@ -7213,7 +7215,7 @@ MFT__BODY void MFT__FN(pairs_panel)(const mft__gemm_job *g, float *dst, int64_t 
     }
     for (l = 0; l < LANES; l += MFT__W) for (c = 0; c < cells; c += MFT__W / 2) {
         const float *src = (const float *)v->data + (lane + l) * v->row_stride + p0 + 2 * c;
-        int64_t      row = v->row_stride, n = mft__min64(cells - c, MFT__W / 2);
+        int64_t      row = v->row_stride, n = mft__min(cells - c, MFT__W / 2);
         float        rows[MFT__W * MFT__W];
         if (v->dtype != MFT_F32 || lanes - l < MFT__W || kc - 2 * c < MFT__W) {
             for (i = 0; i < MFT__W; i++) MFT__STORE(rows + i * MFT__W, l + i < lanes ? MFT__FN(line)(v, lane + l + i, p0 + 2 * c, kc - 2 * c) : MFT__SET1(0.0f));
@@ -7275,10 +7277,10 @@ MFT__BODY void MFT__FN(pairs_strip)(const mft__gemm_job *g, float *dst, int64_t 
 /* Rows or lanes [begin, end) of one side, for k in [p0, p0 + kc), one packed piece after the other. */
 MFT__BODY void MFT__FN(pairs_side)(const mft__gemm_job *g, int of_v, float *dst, int64_t begin, int64_t end, int64_t p0)
 {
-    int64_t unit = of_v ? g->row->lanes : g->row->height, kc = mft__min64(g->k - p0, g->kc);
+    int64_t unit = of_v ? g->row->lanes : g->row->height, kc = mft__min(g->k - p0, g->kc);
     for (; begin < end; begin += unit, dst += mft__pairs_piece(g, of_v)) {
-        if (of_v) MFT__FN(pairs_panel)(g, dst, begin, mft__min64(end - begin, unit), p0, kc);
-        else      MFT__FN(pairs_strip)(g, dst, begin, mft__min64(end - begin, unit), p0, kc);
+        if (of_v) MFT__FN(pairs_panel)(g, dst, begin, mft__min(end - begin, unit), p0, kc);
+        else      MFT__FN(pairs_strip)(g, dst, begin, mft__min(end - begin, unit), p0, kc);
     }
 }
 
@@ -7291,7 +7293,7 @@ MFT__BODY void MFT__FN(pairs_pack)(void *arg, int64_t begin, int64_t end, int wo
     for (; begin < end; begin++) {
         int64_t at = begin / blocks * unit, block = begin % blocks;
         MFT__FN(pairs_side)(g, g->shares_v, g->packed + (block * n + begin / blocks) * mft__pairs_piece(g, g->shares_v), g->x_begin + at,
-                            g->x_begin + mft__min64(at + unit, g->x_count), block * g->kc);
+                            g->x_begin + mft__min(at + unit, g->x_count), block * g->kc);
     }
 }
 
@@ -7314,10 +7316,10 @@ MFT__BODY void MFT__FN(pairs_tiles)(void *arg, int64_t begin, int64_t end, int w
     for (p0 = 0; p0 < g.k; p0 += g.kc) {
         const float *packed = g.packed + p0 / g.kc * shared * (of_v ? piece_s : piece_v);
         MFT__FN(pairs_side)(&g, (int)of_v, own, begin, end, p0);
-        x.cells  = mft__gemm_cells(row, mft__min64(g.k - p0, g.kc));
+        x.cells  = mft__gemm_cells(row, mft__min(g.k - p0, g.kc));
         x.s_term = row->tiled ? row->height * x.cells : row->height * MFT__STRIDE;
         x.v = of_v ? own : packed; x.add = p0 != 0;
-        next = mft__min64(g.k - p0 - g.kc, g.kc);
+        next = mft__min(g.k - p0 - g.kc, g.kc);
         for (i = s0; i < s_end; i += at_once) {
             int64_t part = (i - s0) / at_once, parts = (s_end - s0 - 1) / at_once + 1;
             if (next > 0) {                                     /* what the next block of k reads; at last the place in c */
@@ -7327,7 +7329,7 @@ MFT__BODY void MFT__FN(pairs_tiles)(void *arg, int64_t begin, int64_t end, int w
                 x.ahead[0] = g.swapped ? MFT__FN(ahead)(&from, g.v_begin, g.v_count, s0, s_end - s0, part, parts)
                                        : MFT__FN(ahead)(&from, s0, s_end - s0, g.v_begin, g.v_count, part, parts);
             }
-            x.h = mft__min64(s_end - i, at_once);
+            x.h = mft__min(s_end - i, at_once);
             x.s = (of_v ? packed : own) + part * piece_s;
             x.tile = tile + (i - s0) * x.ld;
             row->strip(&x);
@@ -7470,13 +7472,13 @@ MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int wor
     for (i = begin; i < begin + apart; i++) {
         for (p0 = 0; p0 < g->k; p0 += block) {
             const void *s[4];
-            n = mft__min64(g->k - p0, block);
+            n = mft__min(g->k - p0, block);
             for (r = 0; r < 4; r++)                             /* rows that are not there: another's again */
                 s[r] = i + r * apart < end ? (const char *)g->s.data + mft_dtype_bytes(g->s.dtype, (i + r * apart) * g->s.row_stride + p0) : s[0];
             for (l0 = 0; l0 < g->v_count; l0 += NL) {
                 const float *v[NL];
                 float       *at = sums + l0 / NL * 16 * MFT__W;
-                int          nl = (int)mft__min64(g->v_count - l0, NL);
+                int          nl = (int)mft__min(g->v_count - l0, NL);
                 for (l = 0; l < NL; l++) v[l] = (const float *)g->v.data + (g->v_begin + l0 + (l < nl ? l : 0)) * g->v.row_stride + p0;
                 MFT__FN(gemm_dots_of)(g->s.dtype, nl == 1, at, p0 != 0, s, v, n);
             }
@@ -7575,7 +7577,7 @@ MFT__BODY void MFT__FN(gemm_sums)(void *arg, int64_t begin, int64_t end, int wor
     memset(sums, 0, sizeof(float) * (size_t)(ld * g->s_count));
     for (p = 0; p < g->k; p += 4) {
         const float *v[4];
-        int          np = (int)mft__min64(g->k - p, 4);
+        int          np = (int)mft__min(g->k - p, 4);
         if (p + 12 <= g->k) MFT__FN(prefetch)(&g->v, begin, p + 8, 4, n);
         if (np == 4 && mft__is_quantized(g->v.dtype)) {         /* begin is that of a block */
             const void *q[4];
@@ -7672,7 +7674,7 @@ MFT__HELP void MFT__FN(tile_scores)(const mft__attention_job *a, float *tile, co
     memset(&x, 0, sizeof x);
     x.lanes = lanes; x.ld = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
     for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) for (i = begin; i < end; i += MFT__H) {
-        x.h = mft__min64(end - i, MFT__H); x.cells = mft__min64(a->D - d, MFT__KC); x.add = d != 0;
+        x.h = mft__min(end - i, MFT__H); x.cells = mft__min(a->D - d, MFT__KC); x.add = d != 0;
         x.tile = tile + i * x.ld; x.s = copy + i * MFT__STRIDE; x.v = panel + d * x.ld;
         a->strip(&x);
     }
@@ -7687,9 +7689,9 @@ MFT__HELP void MFT__FN(tile_spread)(const mft__attention_job *a, float *panel, c
     x.lanes = lanes; x.ld = MFT__P * MFT__W; x.s_terms = x.v_terms = 1;
     x.s_step = MFT__STRIDE; x.cells = end - begin; x.add = 1; x.v = tile + begin * x.ld;
     for (d = 0; d < a->D; d += MFT__KC, copy += MFT__COPY) {
-        n = mft__min64(a->D - d, MFT__KC);
+        n = mft__min(a->D - d, MFT__KC);
         for (i = 0; i < n; i += MFT__H) {
-            x.h = mft__min64(n - i, MFT__H);
+            x.h = mft__min(n - i, MFT__H);
             x.tile = panel + (d + i) * x.ld; x.s = copy + begin * MFT__STRIDE + i;
             a->strip(&x);
         }
@@ -7827,20 +7829,20 @@ MFT__BODY void MFT__FN(attention)(void *arg, int64_t begin, int64_t end, int wor
         MFT__FN(attention_block)(a, begin, 1, &b, &kv, &r0);
         first = a->S; last = 0;
         for (x = 0; x < N; x++) {
-            n[x] = mft__max64(0, mft__min64(LANES, rows - r0 - x * LANES));
+            n[x] = mft__max(0, mft__min(LANES, rows - r0 - x * LANES));
             MFT__FN(seen_of)(&seen[x], a, b, r0 + x * LANES, n[x]);
-            first = mft__min64(first, seen[x].some_first);
-            last  = mft__max64(last,  seen[x].some_end);
+            first = mft__min(first, seen[x].some_first);
+            last  = mft__max(last,  seen[x].some_end);
             for (j = 0; j < LANES; j++) { high[x][j] = -INFINITY; sum[x][j] = 0; }
             if (n[x]) MFT__FN(panel_of)(q + x * size, a, &a->q, a->G, b, kv, r0 + x * LANES, n[x], a->scale);
             memset(out + x * size, 0, sizeof(float) * (size_t)size);
         }
         for (s = first; s < last; s += MFT__SEEN_TILE) {
-            c = mft__min64(last - s, MFT__SEEN_TILE);
+            c = mft__min(last - s, MFT__SEEN_TILE);
             MFT__FN(copy_of)(k, a, &a->k, 1, b, kv, s, c, 1);
             MFT__FN(copy_of)(v, a, &a->v, 1, b, kv, s, c, 1);
             for (x = 0; x < N; x++) {
-                lo = mft__max64(seen[x].some_first - s, 0); hi = mft__min64(seen[x].some_end - s, c);
+                lo = mft__max(seen[x].some_first - s, 0); hi = mft__min(seen[x].some_end - s, c);
                 if (!n[x] || lo >= hi) continue;
                 MFT__FN(tile_scores)(a, tile, k, q + x * size, n[x], lo, hi);
                 whole = s + lo >= seen[x].all_first && s + hi <= seen[x].all_end;
@@ -7882,10 +7884,10 @@ MFT__BODY void MFT__FN(attention_dq)(void *arg, int64_t begin, int64_t end, int 
         MFT__FN(attention_block)(a, begin, 1, &b, &kv, &r0);
         first = a->S; last = 0;
         for (x = 0; x < N; x++) {
-            n[x] = mft__max64(0, mft__min64(LANES, rows - r0 - x * LANES));
+            n[x] = mft__max(0, mft__min(LANES, rows - r0 - x * LANES));
             MFT__FN(seen_of)(&seen[x], a, b, r0 + x * LANES, n[x]);
-            first = mft__min64(first, seen[x].some_first);
-            last  = mft__max64(last,  seen[x].some_end);
+            first = mft__min(first, seen[x].some_first);
+            last  = mft__max(last,  seen[x].some_end);
             for (j = 0; j < LANES; j++) {
                 int64_t r = r0 + x * LANES + j, at = ((b * a->n_kv_head + kv) * a->G + r % a->G) * a->T + r / a->G;
                 lse[x][j] = delta[x][j] = 0;
@@ -7900,12 +7902,12 @@ MFT__BODY void MFT__FN(attention_dq)(void *arg, int64_t begin, int64_t end, int 
         }
         if (!a->dq.p) continue;
         for (s = first; s < last; s += MFT__SEEN_TILE) {
-            c = mft__min64(last - s, MFT__SEEN_TILE);
+            c = mft__min(last - s, MFT__SEEN_TILE);
             MFT__FN(copy_of)(k, a, &a->k, 1, b, kv, s, c, 1);
             MFT__FN(copy_of)(v, a, &a->v, 1, b, kv, s, c, 1);
             for (x = 0; x < N; x++) {
                 int whole;
-                lo = mft__max64(seen[x].some_first - s, 0); hi = mft__min64(seen[x].some_end - s, c);
+                lo = mft__max(seen[x].some_first - s, 0); hi = mft__min(seen[x].some_end - s, c);
                 if (!n[x] || lo >= hi) continue;
                 whole = s + lo >= seen[x].all_first && s + hi <= seen[x].all_end;
                 MFT__FN(tile_scores)(a, tile,  k, q    + x * size, n[x], lo, hi);
@@ -7948,17 +7950,17 @@ MFT__BODY void MFT__FN(attention_dkv)(void *arg, int64_t begin, int64_t end, int
     for (; begin < end; begin++) {
         MFT__FN(attention_block)(a, begin, 0, &b, &kv, &k0);
         for (x = 0; x < N; x++) {
-            n[x] = mft__max64(0, mft__min64(LANES, a->S - k0 - x * LANES));
+            n[x] = mft__max(0, mft__min(LANES, a->S - k0 - x * LANES));
             if (!n[x]) continue;
             MFT__FN(panel_of)(k + x * size, a, &a->k, 1, b, kv, k0 + x * LANES, n[x], 1);
             MFT__FN(panel_of)(v + x * size, a, &a->v, 1, b, kv, k0 + x * LANES, n[x], 1);
         }
         memset(dk, 0, sizeof(float) * (size_t)(2 * N * size));
-        r       = mft__max64(0, k0 - (a->S - a->T)) * a->G;     /* queries before see none of these keys, nor do those past the window */
+        r       = mft__max(0, k0 - (a->S - a->T)) * a->G;     /* queries before see none of these keys, nor do those past the window */
         row_end = a->T * a->G;
-        if (a->window > 0) row_end = mft__min64(row_end, mft__max64(0, k0 + N * LANES - 1 + a->window - (a->S - a->T)) * a->G);
+        if (a->window > 0) row_end = mft__min(row_end, mft__max(0, k0 + N * LANES - 1 + a->window - (a->S - a->T)) * a->G);
         for (; r < row_end; r += MFT__SEEN_TILE) {
-            c = mft__min64(row_end - r, MFT__SEEN_TILE);
+            c = mft__min(row_end - r, MFT__SEEN_TILE);
             MFT__FN(seen_of)(&seen, a, b, r, c);
             if (seen.some_first >= k0 + N * LANES || seen.some_end <= k0) continue;
             MFT__FN(copy_of)(q,    a, &a->q,    a->G, b, kv, r, c, a->scale);
@@ -8058,7 +8060,7 @@ void MFT__GLUE(MFT__STRIP, _tile)(int h, int nv, int64_t s_i, int64_t s_p, const
     for (cells = x->cells; cells > 0; cells -= MFT__ASK_STEPS) {
         mft__ask(ahead, ask);
         MFT__GLUE(MFT__STRIP, _carry)(carry, at, copy);
-        n = mft__min64(cells, MFT__ASK_STEPS);
+        n = mft__min(cells, MFT__ASK_STEPS);
         for (p = h == MFT__H ? n / K : 0, n -= p * K; p > 0; p--, s += K * s_p, v += K * LANES, pack += K * LANES) {
             MFT__UNROLL
             for (q = 0; q < K; q++) MFT__STEP_OF_K(q);
