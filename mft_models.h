@@ -11155,6 +11155,8 @@ typedef struct mft__block_call {            /* what a block needs besides x; liv
     mft__input     in;
     int            layer;
     mft__kv_cache *cache;                   /* NULL in training */
+    const int32_t *rows;                    /* the last block's: tokens that are learnt, the others' MLP is not wanted; or NULL */
+    int64_t        n_rows;
 } mft__block_call;
 
 /* plus, where there is one (the residual), and the module's product. */
@@ -11316,6 +11318,11 @@ static mft_tensor *mft__block(mft_context *ctx, mft_tensor *x, void *user)
     if (ctx->drop_pages) mft__fetch_ahead(m, ctx->recomputing ? layer - 1 : layer + 1);
     h = mft__attention_part(call, mft__module_norm(m, layer, MFT__NORM1, x), normed ? NULL : x);
     x = normed ? mft_add(ctx, x, mft__module_norm(m, layer, MFT__POST_ATTENTION, h)) : h;
+    if (x && call->rows) {
+        int64_t flat[2];
+        flat[0] = call->in.B * call->in.T; flat[1] = m->config.hidden_size;
+        x = mft_embedding(ctx, mft_reshape(ctx, x, 2, flat), call->rows, 1, call->n_rows, -1);
+    }
     if (!x || (ctx->grad_enabled && !ctx->recomputing)) return x ? mft__mlp_block(ctx, x, call) : NULL;
     /* attention's part and the MLP's are not in memory together; dropout is drawn for all rows at once */
     return mft__checkpoint_rows(ctx, mft__mlp_block, x, call, m->active >= 0 && m->adapters[m->active]->dropout > 0 ? mft_tensor_numel(x) : m->mlp_rows, ctx->recomputing);
@@ -11352,7 +11359,8 @@ static const int32_t *mft__count_up(mft_context *ctx, int64_t B, int64_t T, int6
     return p;
 }
 
-static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, mft__kv_cache *cache)
+/* After the final norm [B, T, H]; with rows (of B * T, numbered through) only those, [1, n_rows, H]. */
+static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, mft__kv_cache *cache, const int32_t *rows, int64_t n_rows)
 {
     mft_context       *ctx = m->ctx;
     const mft__family *f = &mft__families[m->config.family];
@@ -11372,6 +11380,7 @@ static mft_tensor *mft__hidden(mft_model *m, const int32_t *ids, mft__input in, 
         if (!call) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
         if (mft__cancelled(ctx)) return mft__op_failed(ctx, mft__fail(ctx, MFT_ERR_CANCELLED, "cancelled"));
         call->m = m; call->in = in; call->layer = layer; call->cache = cache;
+        call->rows = layer == m->config.n_layer - 1 ? rows : NULL; call->n_rows = n_rows;
         /* below the lowest that is trained a checkpoint costs nothing: it only gives the block's memory back */
         trains = trains || x->trainable || mft__block_trains(m, layer);
         if (trains && ctx->grad_enabled) n_trained++;
@@ -11387,7 +11396,7 @@ MFT_API mft_tensor *mft_model_hidden(mft_model *model, const mft_batch *batch)
 {
     mft__input in;
     if (!model || !mft__read_batch(model, batch, &in)) return NULL;
-    return mft__hidden(model, batch->input_ids, in, NULL);
+    return mft__hidden(model, batch->input_ids, in, NULL, NULL, 0);
 }
 
 static mft_tensor *mft__logits(mft_model *m, mft_tensor *hidden)
@@ -11401,19 +11410,30 @@ MFT_API mft_tensor *mft_model_forward(mft_model *model, const mft_batch *batch)
     return model ? mft__logits(model, mft_model_hidden(model, batch)) : NULL;
 }
 
+/* Where few tokens are learnt (half, or fewer: what is copied for them then takes less memory than what is spared) the last
+ * block goes on with those alone. */
 MFT_API mft_tensor *mft_model_loss(mft_model *model, const mft_batch *batch, int64_t n_valid)
 {
     mft__input in;
-    int32_t   *labels;
-    int64_t    i, n;
+    int32_t   *labels, *rows;
+    int64_t    i, n, learnt = 0, good = 0;
+    mft_tensor  *x;
     mft_context *ctx;
     if (!model || !mft__read_batch(model, batch, &in)) return NULL;
     ctx = model->ctx;
     n = in.B * in.T;
-    labels = (int32_t *)mft__meta(ctx, (size_t)n * sizeof *labels);
+    labels = (int32_t *)mft__meta(ctx, (size_t)n * 2 * sizeof *labels);
     if (!labels) return mft__op_failed(ctx, MFT_ERR_OUT_OF_MEMORY);
-    for (i = 0; i < n; i++) labels[i] = mft__shifted_label(batch, i);
-    return mft_linear_cross_entropy(ctx, mft__hidden(model, batch->input_ids, in, NULL), model->head->t, labels, n_valid, (float)model->config.logit_softcap);
+    rows = labels + n;
+    for (i = 0; i < n; i++) {
+        labels[i] = mft__shifted_label(batch, i);
+        good += labels[i] >= 0 && labels[i] < model->config.vocab_size;
+        if (labels[i] != -100) rows[learnt++] = (int32_t)i;
+    }
+    if (!learnt || 2 * learnt > n || good < learnt) rows = NULL;        /* a label that is none: the head says which */
+    x = mft__hidden(model, batch->input_ids, in, NULL, rows, learnt);
+    for (i = 0; rows && i < learnt; i++) labels[i] = labels[rows[i]];
+    return mft_linear_cross_entropy(ctx, x, model->head->t, labels, n_valid, (float)model->config.logit_softcap);
 }
 
 /* ---- files of a snapshot ---- */
@@ -14269,7 +14289,7 @@ static mft_status mft__read_tokens(mft_model *m, mft__kv_cache *c, const int32_t
     int          was = mft_grad_enable(ctx, 0);
     memset(&in, 0, sizeof in);
     in.B = 1; in.T = n; in.positions = mft__count_up(ctx, 1, n, c->used);
-    x = in.positions ? mft__hidden(m, ids, in, c) : NULL;
+    x = in.positions ? mft__hidden(m, ids, in, c, NULL, 0) : NULL;
     if (x && out_logits) {
         y = mft__logits(m, mft_slice(ctx, x, 1, n - 1, n));
         if (y) memcpy(out_logits, y->data, (size_t)m->config.vocab_size * sizeof *out_logits);
@@ -14536,7 +14556,7 @@ static mft_status mft__score_text(mft_model *m, mft__kv_cache *cache, int32_t la
     memcpy(feed + 1, continuation, (size_t)(length - 1) * sizeof *feed);
     memset(&in, 0, sizeof in);
     in.B = 1; in.T = length; in.positions = mft__count_up(ctx, 1, length, at);
-    x    = in.positions ? mft__hidden(m, feed, in, cache) : NULL;
+    x    = in.positions ? mft__hidden(m, feed, in, cache, NULL, 0) : NULL;
     loss = x ? mft_linear_cross_entropy(ctx, x, m->head->t, continuation, 1, (float)m->config.logit_softcap) : NULL;
     *out = loss ? -(double)mft_tensor_item(loss) : 0;
     if (ctx->step_status != MFT_OK) s = mft_backward(ctx, NULL);        /* the step's first failure */
