@@ -1957,6 +1957,14 @@ MFT__UNUSED static int mft__min_int(int a, int b) { return a < b ? a : b; }
 static int64_t mft__round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 /* n in whole units, cut into so many parts, as even as can be: where the i-th begins. */
 static int64_t mft__gemm_cut(int64_t n, int64_t unit, int64_t i, int64_t parts) { return mft__min(n, ((n - 1) / unit + 1) * i / parts * unit); }
+/* One number of c on its way out, the sum of row `row` and lane `lane`: see mft__gemm_tailed. */
+MFT__UNUSED static inline void mft__gemm_put(const mft__gemm_job *g, int64_t row, int64_t lane, float sum)
+{
+    float *c = g->c + (g->swapped ? lane * g->ldc + row : row * g->ldc + lane), y = g->alpha * sum;
+    if (g->plus) y += g->plus[c - g->c];
+    if (g->bias) y += g->bias[g->swapped ? row : lane];
+    *c = y;
+}
 /* Strips of s that are copied together, while those before them are multiplied; pairs are made when they are needed. */
 static int64_t mft__gemm_group(const mft__gemm_job *g)  { return g->s.col_stride != 1 ? MFT__GROUP : 1; }
 static int64_t mft__gemm_strips(const mft__gemm_job *g) { return 2 * mft__gemm_group(g); }
@@ -2557,13 +2565,7 @@ MFT__NEON_DOT_TARGET static void mft__gemm_dots_neon_dot(void *arg, int64_t begi
                 sums[i] = sum;
             }
         }
-        for (i = 0; i < nr; i++) {
-            int64_t row = r0 + i, lane = g->v_begin;
-            float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane, y = g->alpha * vaddvq_f32(sums[i]);
-            if (g->plus) y += g->plus[c - g->c];
-            if (g->bias) y += g->bias[g->swapped ? row : lane];
-            *c = y;
-        }
+        for (i = 0; i < nr; i++) mft__gemm_put(g, r0 + i, g->v_begin, vaddvq_f32(sums[i]));
     }
 }
 
@@ -2653,14 +2655,11 @@ MFT__NEON_I8MM_TARGET static void mft__digits_tile(const mft__gemm_job *g, int64
         }
     }
     for (q = 0; q < n; q++) for (r = 0; r < rows; r++) for (l = 0; l < 2; l++) {
-        int64_t lane = 2 * (pair + q) + l, at = row + r;
-        float   four[4], y, *c = g->c + (g->swapped ? lane * g->ldc + at : at * g->ldc + lane);
+        int64_t lane = 2 * (pair + q) + l;
+        float   four[4];
         if (lane >= g->v_count || first[q].step[0] != first[q].step[0]) continue;
         vst1q_f32(four, sums[q][r / 2]);
-        y = g->alpha * four[r % 2 * 2 + l];
-        if (g->plus) y += g->plus[c - g->c];
-        if (g->bias) y += g->bias[g->swapped ? at : lane];
-        *c = y;
+        mft__gemm_put(g, row + r, lane, four[r % 2 * 2 + l]);
     }
 }
 
@@ -2810,8 +2809,8 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   where k lies side by side in both, turning the output once is far cheaper than turning w, so x
  *   becomes v and w is read in rows as it lies.
  *
- *   tiles    a block of v (all of k, up to 12 panels) is packed by all threads together; then each task
- *            takes a group of strips of s through all of k
+ *   tiles    a block of v (all of k, and as many lanes that one block of k stays in the second cache) is packed by all
+ *            threads together; then each task takes a group of strips of s through all of k, its tile beside that block
  *   columns  s has few strips: each task takes some lanes of v and packs them itself, block of k by block
  *   pairs    bf16 matrix units: the side with more terms (x, dy) is packed once by all threads; each task takes some rows
  *            or columns of the other (w), which it packs block of k by block, so that all are read once
@@ -2821,19 +2820,17 @@ MFT_API const char *mft_kernels_name(const mft_context *ctx) { return ctx ? ctx-
  *   thin     k is small: nothing packed, no sums but in registers (LoRA). As a product's tail it meets tiles
  *            and columns on their way out, so u b^T costs no pass over y of its own
  *
- *   Every number of c is a sum over k in one order that m, n and k alone decide, so how tasks are cut may
- *   follow the number of threads. Tasks are cut as even as can be, as many for each thread.
+ *   Every number of c is a sum over k in one order that m, n, k and how the operands lie decide, so how tasks are
+ *   cut may follow the number of threads. Tasks are cut as even as can be, as many for each thread.
  *
  *   The register tile alone reaches 98 % of the multiply-adds' peak; what is lost goes into packing and waiting for
- *   memory. So each strip asks ahead for what comes after the next (mft__ask): without that a fifth of the time
- *   passes waiting. The next strips of floats are copied between the present one's multiply-adds, which leave
- *   the ports for it (mft__carry): 5 % of the time at 128 lanes, 14 % where rows of s lie side by side, each k on a page of
- *   its own. Copying the panels of v so was slower than by the first strip on its way (80 % of the peak, not 90: dy w
- *   128 x 640 x 1024), and so was sharing a page's visit among four panels.
+ *   memory. So each strip asks ahead for what comes after the next (mft__ask), and the next strips of floats are copied
+ *   between the present one's multiply-adds, which leave the ports for it (mft__carry). Panels of v that lie side by side
+ *   are packed by the first strip on its way: copied like strips they are slower.
  *
- *   `mft bench kernels` on an idle Xeon (Emerald Rapids class), shares of the peak measured beside each product: AVX-512 with one
- *   thread 80 to 91 %, the gradients of weights 71 to 80 %; with two 75 to 86 %; AVX2 83 to 90 and 77 to 79 %, with two
- *   threads 81 to 89 %. AMX, played by instructions that take as long (`make bench-amx-pace`): see the README. */
+ *   `mft bench kernels` on an idle Xeon (Emerald Rapids class), shares of the peak measured beside each product: AVX-512 with
+ *   one thread 83 to 91 %, gradients of weights 80 to 88 %; with two 82 to 87 % (narrow ones 75 %) and 79 to 86 %; AVX2 83 to
+ *   91 % and 80 to 88 % with one or two. AMX, played by instructions that take as long (`make bench-amx-pace`): see the README. */
 typedef enum mft__gemm_way { MFT__TILES, MFT__COLUMNS, MFT__DOTS, MFT__SUMS, MFT__THIN, MFT__PAIRS } mft__gemm_way;
 
 static int mft__gemm(mft_context *ctx, int64_t m, int64_t n, int64_t k, float alpha, mft__matrix a, mft__matrix b,
@@ -2852,10 +2849,10 @@ static int64_t mft__gemm_kc(const mft__gemm_job *g)
 /* Lanes packed at a time: a block of k for the second cache, all of k for the memory it takes; as even as can be. */
 static int64_t mft__gemm_lanes(const mft__gemm_job *g)
 {
-    int64_t unit = g->row->lanes, units = (g->v_count - 1) / unit + 1, most = MFT__COLUMN_PANELS;
+    int64_t unit = g->row->lanes, units = (g->v_count - 1) / unit + 1, most = MFT__COLUMN_PANELS, times;
     if (!mft__gemm_few_strips(g)) most = mft__max(1, mft__min(MFT__BESIDE / mft__min(g->k, MFT__KC), MFT__PACKED / g->k) / unit);
-    most = (units - 1) / most + 1;                              /* now: how many times */
-    return ((units - 1) / most + 1) * unit;
+    times = (units - 1) / most + 1;
+    return ((units - 1) / times + 1) * unit;
 }
 
 /* Quantised rows that lie along k, enough of them to be worth v's digits: see `dots`. */
@@ -7492,14 +7489,8 @@ MFT__BODY void MFT__FN(gemm_dots)(void *arg, int64_t begin, int64_t end, int wor
                 for (r = 0; r < MFT__W; r++) y += MFT__LOAD(square + r * MFT__W);
                 MFT__STORE(out + j, y);
             }
-            for (r = 0; r < 4 && i + r * apart < end; r++) for (l = 0; l < NL && l0 + l < g->v_count; l++) {
-                int64_t row = i + r * apart, lane = g->v_begin + l0 + l;
-                float  *c = g->swapped ? g->c + lane * g->ldc + row : g->c + row * g->ldc + lane;
-                float   y = g->alpha * out[4 * r + l];
-                if (g->plus) y += g->plus[c - g->c];
-                if (g->bias) y += g->bias[g->swapped ? row : lane];
-                *c = y;
-            }
+            for (r = 0; r < 4 && i + r * apart < end; r++)
+                for (l = 0; l < NL && l0 + l < g->v_count; l++) mft__gemm_put(g, i + r * apart, g->v_begin + l0 + l, out[4 * r + l]);
         }
     }
 }
