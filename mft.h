@@ -4948,9 +4948,9 @@ MFT_API mft_tensor *mft_cross_entropy(mft_context *ctx, mft_tensor *logits, cons
     return y;
 }
 
-/* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB; of fewer rows wider ones, up to
- *      2 MB. Rows are a little more than a power of two apart, so as not to share sets of the caches: 3 % of the product ---- */
-enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048, MFT__HEAD_LOGITS = 1 << 19, MFT__HEAD_APART = 16 };
+/* ---- fused with the head: tiles of at most 512 rows x 2048 tokens of the vocabulary, 4 MB. Rows are a little more than a
+ *      power of two apart, so as not to share sets of the caches ---- */
+enum { MFT__HEAD_ROWS = 512, MFT__HEAD_TILE = 2048, MFT__HEAD_APART = 16 };
 
 /* A tile's logits into the running maximum and sum of each row, and the label's logit where it falls in. What is
  * left in the tile is what the row's dx gets of each w: exp(logit - high), times the soft cap's derivative. */
@@ -5053,8 +5053,7 @@ static void mft__head_tiles(mft_context *ctx, mft__xent_task *t, mft__task run, 
                             float *dx, float *dw, int add_dw)
 {
     int64_t cols = w->shape[1], vocab = w->shape[0], v, r;
-    int64_t rows_most = mft__min(t->most, MFT__HEAD_ROWS), tile_most = mft__min(vocab, mft__max(MFT__HEAD_TILE, MFT__HEAD_LOGITS / rows_most));
-    int64_t pitch = tile_most + MFT__HEAD_APART;
+    int64_t rows_most = mft__min(t->most, MFT__HEAD_ROWS), tile_most = mft__min(vocab, MFT__HEAD_TILE), pitch = tile_most + MFT__HEAD_APART;
     size_t  bytes = (size_t)(rows_most * pitch) * sizeof(float);
     const int32_t *rows = t->rows;
     float  *tile = (float *)mft__high(ctx, bytes), *high = t->high, *sum = t->sum, *label_logit = t->label_logit, *kept = t->dx;
