@@ -3,8 +3,8 @@
  *   make bench-amx-pace       products of that row, at about the speed they would have; their numbers mean nothing
  *
  * Included before mft.h. A tile's load or store is sixteen of a whole vector, from the same addresses, so caches and memory
- * work as they would. A product of tiles keeps its unit for 16 cycles: so long take two divisions, of 16 and of 8 floats
- * (10 and 5 cycles on Golden Cove), which like it leave the ports for loads and stores alone. What this cannot show are
+ * work as they would. A product of tiles keeps its unit for 16 cycles: so long takes a division of 8 doubles on Golden
+ * Cove, which like it is one instruction and leaves the ports for loads and stores alone. What this cannot show are
  * the tiles' own latencies and the clock that a core keeps under them. */
 #ifndef MFT_AMX_PACE_H
 #define MFT_AMX_PACE_H
@@ -18,12 +18,10 @@
 #define MFT__TILE_ZERO(t)            ((void)(t))
 #define MFT__TILE_LOAD(t, p, pitch)  amx_pace_load((const char *)(p), pitch)
 #define MFT__TILE_STORE(t, p, pitch) amx_pace_store((char *)(p), pitch)
-/* of ones, made on the spot: what divides other numbers may take longer */
-#define MFT__TILE_BF16(c, a, b)                                                                                              \
-    __asm__ __volatile__("vpternlogd $0xff, %%zmm15, %%zmm15, %%zmm15\n\tvpsrld $25, %%zmm15, %%zmm15\n\t"                   \
-                         "vpslld $23, %%zmm15, %%zmm15\n\tvdivps %%zmm15, %%zmm15, %%zmm" #c "\n\t"                          \
-                         "vdivps %%ymm15, %%ymm15, %%ymm14" : : : "xmm" #c, "xmm14", "xmm15")
+#define MFT__TILE_BF16(c, a, b) \
+    __asm__ __volatile__("vpxor %%xmm15, %%xmm15, %%xmm15\n\tvdivpd %0, %%zmm15, %%zmm14" : : "m"(amx_pace_ones) : "xmm14", "xmm15")
 
+static const double amx_pace_ones[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
 #define AMX_PACE_FOUR(op) op("(%0)") op("(%0,%1)") op("(%0,%1,2)") op("(%0,%2)") "lea (%0,%1,4), %0\n\t"
 #define AMX_PACE_IN(at)   "vmovups " at ", %%zmm16\n\t"
 #define AMX_PACE_OUT(at)  "vmovups %%zmm16, " at "\n\t"
