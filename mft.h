@@ -1363,6 +1363,8 @@ static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status);     /* [
 /* Brings bytes of a file into memory, at the place where it is mapped, or into room set aside for it: see [READ]. */
 typedef struct mft__pages {
     int (*fetch)(mft_context *ctx, struct mft__pages *self, const char *p, uint64_t bytes);    /* 0: the sentence is set */
+    const char *base;                       /* where the file is mapped, and its length; NULL: dropped pages do not */
+    uint64_t    bytes;                      /* come back by themselves                               */
 } mft__pages;
 
 /* To be asked before elements [first, first + n) of a weight are read: a file may have become shorter, and may be one
@@ -1377,6 +1379,7 @@ static int mft__need(mft_context *ctx, const mft_tensor *w, int64_t first, int64
 
 enum {
     MFT__PAGED_LEAST = 1 << 15,             /* bytes below which a tensor is not worth pages of its own       */
+    MFT__PAGED_AROUND = 1 << 21,            /* bytes before and after a page that the system may bring along with it */
     MFT__PAGED_PIECE = 1 << 18              /* elements that a walk through a mapped tensor leaves behind at a time */
 };
 
@@ -1387,11 +1390,19 @@ static int mft__drops_behind(const mft_context *ctx, const mft_tensor *t)
 }
 
 /* Says that elements [first, first + n) of a weight, a gradient or a moment have been read or written: where memory is
- * short, the pages of a mapped file go at once, so that no more is resident than one product's. They come back from the
- * page cache, where the system keeps what was written until it is on the disk. */
+ * short, the pages of a mapped file go at once, so that no more is resident than one product's, and with them its neighbours',
+ * which the system has brought along. They come back from the page cache, where it keeps what was written until it is on the disk. */
 static void mft__passed(mft_context *ctx, const mft_tensor *w, int64_t first, int64_t n)
 {
-    if (mft__drops_behind(ctx, w)) ctx->drop_pages((const char *)w->data + mft_dtype_bytes(w->dtype, first), mft_dtype_bytes(w->dtype, n));
+    const mft__pages *pages = ((const mft__tensor *)(const void *)w)->pages;
+    const char *data = (const char *)w->data, *begin = data + mft_dtype_bytes(w->dtype, first), *end = begin + mft_dtype_bytes(w->dtype, n);
+    const char *low  = pages ? pages->base : data, *high = pages ? low + pages->bytes : data + mft_dtype_bytes(w->dtype, mft_tensor_numel(w));
+    if (!mft__drops_behind(ctx, w)) return;
+    if (low) {
+        begin -= mft__min(begin - low, MFT__PAGED_AROUND);
+        end   += mft__min(high - end,  MFT__PAGED_AROUND);
+    }
+    ctx->drop_pages(begin, (uint64_t)(end - begin));
 }
 
 /* The same for a walk from the first element to the last that has come to `to`; *from is where pages are still held. */
@@ -3530,7 +3541,7 @@ static void mft__grad_drop(mft_context *ctx, mft_tensor *t)
  * ============================================================================== */
 enum {
     MFT__ROW_GRAIN    = 16,                 /* rows a task of a row-wise op takes; a piece of every sum over rows */
-    MFT__PAGED_ROWS   = 8,                  /* rows of a mapped table looked up between two mft__passed */
+    MFT__PAGED_ROWS   = 4,                  /* rows of a mapped table looked up between two mft__passed */
     MFT__VECTOR_GRAIN = 1 << 15             /* elements a task of an elementwise op takes; a piece of every whole sum */
 };
 
@@ -4315,6 +4326,22 @@ static void mft__embedding_backward_run(void *arg, int64_t begin, int64_t end, i
             t->k->axpy(t->y + t->ids[i] * cols + begin, 1, t->dy + i * cols + begin, end - begin);
 }
 
+/* mft__need and mft__passed of single rows, at most MFT__PAGED_ROWS if they are to go behind their use: a mapped row brings its
+ * neighbours into memory, 64 KB on Linux, from 6.18 on all of the page cache's piece (0.6 MB in the mean, of what was written
+ * up to 2 MB, measured). */
+static int mft__need_rows(mft_context *ctx, const mft_tensor *table, const int32_t *ids, int64_t n)
+{
+    int64_t i, cols = table->shape[1];
+    for (i = 0; i < n; i++) if (!mft__need(ctx, table, ids[i] * cols, cols)) return 0;
+    return 1;
+}
+
+static void mft__passed_rows(mft_context *ctx, const mft_tensor *table, const int32_t *ids, int64_t n)
+{
+    int64_t i, cols = table->shape[1];
+    for (i = 0; i < n; i++) mft__passed(ctx, table, ids[i] * cols, cols);
+}
+
 static void mft__embedding_backward(mft_context *ctx, mft__record *r)
 {
     mft__embedding_task t;
@@ -4323,20 +4350,12 @@ static void mft__embedding_backward(mft_context *ctx, mft__record *r)
     t.y = mft__grad_add(ctx, r->in[0]);
     if (!t.y || !MFT__RUNS(ctx)) return;
     cols  = t.table->shape[1];
-    piece = mft__drops_behind(ctx, t.table->grad) ? (int64_t)MFT__PAGED_ROWS : r->i[0];      /* as in mft_embedding */
+    piece = mft__drops_behind(ctx, t.table->grad) ? (int64_t)MFT__PAGED_ROWS : r->i[0];
     for (i = 0; i < r->i[0]; i += piece) {
         t.ids = (const int32_t *)r->p[0] + i; t.dy = mft__dy(r) + i * cols; t.n = mft__min(r->i[0] - i, piece);
         mft__parallel(ctx, cols, 128, mft__embedding_backward_run, &t);
-        mft__passed(ctx, t.table->grad, 0, t.table->shape[0] * cols);
+        mft__passed_rows(ctx, t.table->grad, t.ids, t.n);
     }
-}
-
-/* mft__need of single rows. */
-static int mft__need_rows(mft_context *ctx, const mft_tensor *table, const int32_t *ids, int64_t n)
-{
-    int64_t i, cols = table->shape[1];
-    for (i = 0; i < n; i++) if (!mft__need(ctx, table, ids[i] * cols, cols)) return 0;
-    return 1;
 }
 
 MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int32_t *ids, int64_t batch, int64_t seq, int32_t padding_idx)
@@ -4363,14 +4382,12 @@ MFT_API mft_tensor *mft_embedding(mft_context *ctx, mft_tensor *table, const int
         r->p[0] = ids; r->i[0] = batch * seq; r->i[1] = padding_idx;
     }
     t.k = ctx->kernels; t.table = table; t.dy = NULL; t.n = batch * seq; t.padding_idx = padding_idx;
-    /* a mapped row brings its neighbours into memory, 64 KB on Linux, from 6.18 on all of the page cache's piece (0.6 MB in
-     * the mean, measured): where that counts they go after every few rows */
     piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : t.n;
     for (i = 0; MFT__RUNS(ctx) && i < t.n; i += piece) {
         if (!mft__need_rows(ctx, table, ids + i, mft__min(t.n - i, piece))) return NULL;
         t.ids = ids + i; t.y = (float *)y->data + i * shape[2];
         mft__parallel(ctx, mft__min(t.n - i, piece), MFT__ROW_GRAIN, mft__embedding_run, &t);
-        mft__passed(ctx, table, 0, table->shape[0] * shape[2]);
+        mft__passed_rows(ctx, table, t.ids, mft__min(t.n - i, piece));
     }
     return y;
 }
@@ -5026,11 +5043,11 @@ static void mft__head_backward_run(void *arg, int64_t begin, int64_t end, int wo
 static void mft__head_finish(mft_context *ctx, mft__xent_task t, int64_t n)
 {
     const int32_t *rows = t.rows, *labels = t.labels;
-    int64_t i, k, cols = t.w->shape[1], piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : n;     /* as in mft_embedding */
+    int64_t i, k, cols = t.w->shape[1], piece = ctx->drop_pages ? (int64_t)MFT__PAGED_ROWS : n;
     for (i = 0; i < n; i += piece) {
         for (k = i; k < mft__min(n, i + piece); k++) if (!mft__need(ctx, t.w, labels[rows[k]] * t.w->stride[0], cols)) return;
         mft__parallel(ctx, mft__min(n - i, piece), 4, mft__head_finish_run, &t);
-        mft__passed(ctx, t.w, 0, t.w->shape[0] * cols);
+        for (k = i; k < mft__min(n, i + piece); k++) mft__passed(ctx, t.w, labels[rows[k]] * t.w->stride[0], cols);
         t.rows += piece; t.dx += piece * cols; t.sum += piece; t.label_logit += piece;
     }
 }

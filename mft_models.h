@@ -12952,7 +12952,7 @@ fail:
 
 /* ---- the plan ----
  *   A choice is tried by running the step on paper, which costs about a millisecond, and adding up. */
-enum { MFT__FRUGAL_STEP = 80 << 20, MFT__PROCESS = 4 << 20 };
+enum { MFT__FRUGAL_STEP = 80 << 20, MFT__PROCESS = 5 << 20 };
 
 /* The step arena's bytes for one micro-batch of that size: the step itself, on paper. */
 static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *out)
@@ -12976,22 +12976,40 @@ static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *
     return s;
 }
 
-/* What may be in memory of the mapped weights at a time when pages are dropped behind each use: the largest
- * matrix or its gradient, a tile of the head with its gradient, some rows of the embedding with what comes along with each,
- * the piece that an optimizer updates with its gradient and two moments. */
-static size_t mft__paged_bytes(const mft_model *m)
+/* What a walk through a tensor that is written keeps of it in memory. */
+static size_t mft__paged_walk(const mft_tensor *t)
 {
-    size_t most = 0, rows = (size_t)MFT__PAGED_ROWS << 19, all, bytes;
-    int    i;
-    if (m->state && most < 4 * mft_dtype_bytes(MFT_F32, MFT__PAGED_PIECE)) most = 4 * mft_dtype_bytes(MFT_F32, MFT__PAGED_PIECE);
+    size_t piece, all;
+    if (!t || !((const mft__tensor *)(const void *)t)->paged) return 0;
+    piece = mft_dtype_bytes(t->dtype, MFT__PAGED_PIECE) + MFT__PAGED_AROUND; all = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
+    return piece < all ? piece : all;
+}
+
+/* What may be in memory of the mapped weights at a time when pages are dropped behind each use: the largest
+ * matrix or its gradient, a tile of the head with its gradient, some rows of the embedding, the piece that an optimizer updates
+ * with its gradient and two moments. With what has been written come whole pieces of the page cache, at both ends. */
+static size_t mft__paged_bytes(const mft_trainer *tr)
+{
+    const mft_model *m = tr->model;
+    size_t most = 0, rows, all, bytes;
+    int    i, k;
+    for (i = 0; i < tr->n_params; i++) {
+        const mft__slot *s = &tr->opt->slots[i];
+        bytes = mft__paged_walk(s->p) + mft__paged_walk(s->p->grad);
+        for (k = 0; k < s->n_states; k++) bytes += mft__paged_walk(s->state[k]);
+        if (bytes > most) most = bytes;
+    }
     for (i = 0; i < m->n_params; i++) {
         const mft_tensor *t = m->params[i].t;
         int               is_head = &m->params[i] == m->embedding || &m->params[i] == m->head;
+        size_t            around = t->trainable ? MFT__PAGED_AROUND : 0, of_grad = t->trainable ? mft_dtype_bytes(MFT_F32, 1) : 0;
         if (!mft__of(m->params[i].t)->paged) continue;
-        all = bytes = mft_dtype_bytes(t->trainable ? MFT_F32 : t->dtype, mft_tensor_numel(t));      /* a gradient is f32 */
+        all   = mft_dtype_bytes(t->dtype, mft_tensor_numel(t)) + of_grad * (size_t)mft_tensor_numel(t);
+        rows  = MFT__PAGED_ROWS * (around ? around : (size_t)1 << 20);
+        bytes = mft_dtype_bytes(t->trainable ? MFT_F32 : t->dtype, mft_tensor_numel(t)) + around;
         if (is_head) {
-            bytes = mft_dtype_bytes(t->dtype, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
-            if (t->trainable) bytes += mft_dtype_bytes(MFT_F32, mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1]);
+            int64_t tile = mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1];
+            bytes = mft_dtype_bytes(t->dtype, tile) + of_grad * (size_t)tile + 2 * around;
             if (bytes < rows) bytes = rows;
         } else if (&m->params[i] == m->positions) bytes = rows;
         if (bytes > all) bytes = all;
@@ -13033,7 +13051,7 @@ static mft_status mft__plan(mft_trainer *tr, int batch, int seq, mft_plan *out)
     out->weights_resident = out->weights_mapped;
     out->state_resident   = out->state_mapped;
     if (out->drops_pages) {
-        size_t most = mft__paged_bytes(m);
+        size_t most = mft__paged_bytes(tr);
         if (out->weights_resident > most) out->weights_resident = most;
         if (out->state_resident > most) out->state_resident = most;
     }

@@ -2325,7 +2325,7 @@ static mft_status mft__shard_open(mft_safetensors *st, mft__shard *sh, const cha
     if (!sh->file.handle) {
         sh->base = mft__file_map(&sh->file);
         if (!sh->base) return MFT_ERR_OUT_OF_MEMORY;
-        sh->pages.fetch = mft__shard_fetch_mapped;
+        sh->pages.fetch = mft__shard_fetch_mapped; sh->pages.base = sh->base; sh->pages.bytes = sh->bytes;
         return mft__header_parse(st, sh, sh->base + 8, (size_t)n);
     }
 #endif

@@ -63,4 +63,21 @@ TEST__UNUSED static void write_file(const char *path, const void *data, size_t b
     if (f) fclose(f);
 }
 
+/* Resident bytes of all mappings of files of that name, with such rights; -1 where the system does not say. */
+__attribute__((unused)) static int64_t resident_of(const char *name, const char *rights)
+{
+    FILE   *f = fopen("/proc/self/smaps", "r");
+    char    line[1000];
+    int     inside = 0;
+    int64_t bytes = 0, kb;
+    if (!f) return -1;
+    while (fgets(line, sizeof line, f)) {
+        if (strchr(line, '-') && line[0] != 'R' && strchr(line, ':') && strstr(line, rights)) inside = strstr(line, name) != NULL;
+        else if (strchr(line, '-') && strstr(line, "p ") && line[0] != 'R') inside = 0;
+        if (inside && !strncmp(line, "Rss:", 4)) { kb = strtoll(line + 4, NULL, 10); bytes += kb * 1024; }
+    }
+    fclose(f);
+    return bytes;
+}
+
 #endif
