@@ -8360,7 +8360,7 @@ static mft_status mft__text_puts(mft__corpus *c, const char *s) { return mft__te
 static mft_status mft__ids_of(mft__corpus *c, const char *text, size_t bytes, int flags, int32_t **ids, size_t *cap, size_t *out_n)
 {
     int64_t n, need = (int64_t)(bytes / 4) + 16;
-    if (!c->tok) return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "text needs a tokenizer, and this dataset was made without one");
+    if (!c->tok) return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "text needs a tokenizer, and this dataset was made without one: it comes with a model, as tokenizer.json in its directory");
     for (;;) {
         void *p = *ids;
         int   ok = mft__grow(c->ctx, &p, cap, (size_t)need, sizeof **ids);
@@ -9249,7 +9249,7 @@ static mft_status mft__load_text(mft_dataset *ds, size_t source)
     int            found, ended = 0;
     mft_status     s;
 
-    if (!c->tok) return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "text needs a tokenizer, and this dataset was made without one");
+    if (!c->tok) return mft__data_fail(c, MFT_ERR_INVALID_ARGUMENT, "text needs a tokenizer, and this dataset was made without one: it comes with a model, as tokenizer.json in its directory");
     memset(&t, 0, sizeof t);
     memset(&spare, 0, sizeof spare);
     memset(&sample, 0, sizeof sample);
