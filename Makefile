@@ -16,7 +16,7 @@
 CC      ?= cc
 CXX     ?= c++
 CFLAGS  ?= -O2 -g
-CFLAGS_TEXT ?= -O1 -g
+CFLAGS_LIGHT ?= -O1 -g
 WARN     = -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes
 LIBS     = -lm -lpthread
 BUILD   ?= build
@@ -47,8 +47,8 @@ OUTSIDE  = $(filter-out $(INSIDE),$(patsubst tests/%.c,$(BUILD)/%,$(wildcard tes
 
 # Compiling is what takes the time, so that tests that compute little are compiled with less optimisation; with a
 # sanitizer with none, and the debug information is lines alone.
-TEXT = bad_input chat dataset json safetensors tokenizer unicode
-$(TEXT:%=$(BUILD)/test_%): override CFLAGS := $(CFLAGS_TEXT)
+LIGHT = bad_input chat checkpoint dataset json memory memory_trace optimizer safetensors tape tokenizer unicode
+$(LIGHT:%=$(BUILD)/test_%): override CFLAGS := $(CFLAGS_LIGHT)
 
 $(BUILD)/library.o: $(HEADERS) | $(BUILD)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -DMFT_IMPLEMENTATION -I. -x c -c mft_models.h -o $@
@@ -94,7 +94,7 @@ bench-memory: $(BUILD)/mft
 sanitize: sanitize-address sanitize-thread
 
 sanitize-address:
-	$(MAKE) test ALL=$(BUILD)/asan/mft BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_TEXT="-O0 $(SANITIZE)"
+	$(MAKE) test ALL=$(BUILD)/asan/mft BUILD=$(BUILD)/asan CFLAGS="-O1 $(SANITIZE)" CFLAGS_LIGHT="-O0 $(SANITIZE)"
 
 sanitize-thread:
 	$(MAKE) test ALL= BUILD=$(BUILD)/tsan CFLAGS="-O1 -g1 -fsanitize=thread" TESTS="$(BUILD)/tsan/test_threads $(BUILD)/tsan/test_tape $(BUILD)/tsan/test_models $(BUILD)/tsan/test_memory_trace"
