@@ -1363,8 +1363,8 @@ static mft_tensor *mft__op_failed(mft_context *ctx, mft_status status);     /* [
 /* Brings bytes of a file into memory, at the place where it is mapped, or into room set aside for it: see [READ]. */
 typedef struct mft__pages {
     int (*fetch)(mft_context *ctx, struct mft__pages *self, const char *p, uint64_t bytes);    /* 0: the sentence is set */
-    const char *base;                       /* where the file is mapped, and its length; NULL: dropped pages do not */
-    uint64_t    bytes;                      /* come back by themselves                               */
+    const char *base;                       /* where all of the file is mapped; NULL: dropped pages do not come back by themselves */
+    uint64_t    bytes;
 } mft__pages;
 
 /* To be asked before elements [first, first + n) of a weight are read: a file may have become shorter, and may be one
@@ -1395,10 +1395,13 @@ static int mft__drops_behind(const mft_context *ctx, const mft_tensor *t)
 static void mft__passed(mft_context *ctx, const mft_tensor *w, int64_t first, int64_t n)
 {
     const mft__pages *pages = ((const mft__tensor *)(const void *)w)->pages;
-    const char *data = (const char *)w->data, *begin = data + mft_dtype_bytes(w->dtype, first), *end = begin + mft_dtype_bytes(w->dtype, n);
-    const char *low  = pages ? pages->base : data, *high = pages ? low + pages->bytes : data + mft_dtype_bytes(w->dtype, mft_tensor_numel(w));
+    const char       *begin, *end, *low, *high;
     if (!mft__drops_behind(ctx, w)) return;
+    begin = (const char *)w->data + mft_dtype_bytes(w->dtype, first);
+    end   = begin + mft_dtype_bytes(w->dtype, n);
+    low   = pages ? pages->base : (const char *)w->data;
     if (low) {
+        high   = low + (pages ? pages->bytes : mft_dtype_bytes(w->dtype, mft_tensor_numel(w)));
         begin -= mft__min(begin - low, MFT__PAGED_AROUND);
         end   += mft__min(high - end,  MFT__PAGED_AROUND);
     }

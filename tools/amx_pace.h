@@ -22,6 +22,7 @@
     __asm__ __volatile__("vpxor %%xmm15, %%xmm15, %%xmm15\n\tvdivpd %0, %%zmm15, %%zmm14" : : "m"(amx_pace_ones) : "xmm14", "xmm15")
 
 static const double amx_pace_ones[8] = { 1, 1, 1, 1, 1, 1, 1, 1 };
+
 #define AMX_PACE_FOUR(op) op("(%0)") op("(%0,%1)") op("(%0,%1,2)") op("(%0,%2)") "lea (%0,%1,4), %0\n\t"
 #define AMX_PACE_IN(at)   "vmovups " at ", %%zmm16\n\t"
 #define AMX_PACE_OUT(at)  "vmovups %%zmm16, " at "\n\t"
