@@ -12977,11 +12977,12 @@ static mft_status mft__plan_step(mft_trainer *tr, int batch, int seq, mft_plan *
 }
 
 /* What a walk through a tensor that is written keeps of it in memory. */
-static size_t mft__paged_walk(const mft_tensor *t)
+static size_t mft__paged_walk(mft_tensor *t)
 {
     size_t piece, all;
-    if (!t || !((const mft__tensor *)(const void *)t)->paged) return 0;
-    piece = mft_dtype_bytes(t->dtype, MFT__PAGED_PIECE) + MFT__PAGED_AROUND; all = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
+    if (!t || !mft__of(t)->paged) return 0;
+    piece = mft_dtype_bytes(t->dtype, MFT__PAGED_PIECE) + MFT__PAGED_AROUND;
+    all   = mft_dtype_bytes(t->dtype, mft_tensor_numel(t));
     return piece < all ? piece : all;
 }
 
@@ -13005,7 +13006,7 @@ static size_t mft__paged_bytes(const mft_trainer *tr)
         size_t            around = t->trainable ? MFT__PAGED_AROUND : 0, of_grad = t->trainable ? mft_dtype_bytes(MFT_F32, 1) : 0;
         if (!mft__of(m->params[i].t)->paged) continue;
         all   = mft_dtype_bytes(t->dtype, mft_tensor_numel(t)) + of_grad * (size_t)mft_tensor_numel(t);
-        rows  = MFT__PAGED_ROWS * (around ? around : (size_t)1 << 20);
+        rows  = MFT__PAGED_ROWS * (around ? around : (size_t)1 << 20);      /* of what is only read, 0.6 MB come along in the mean */
         bytes = mft_dtype_bytes(t->trainable ? MFT_F32 : t->dtype, mft_tensor_numel(t)) + around;
         if (is_head) {
             int64_t tile = mft__min(t->shape[0], MFT__HEAD_TILE) * t->shape[1];

@@ -64,7 +64,7 @@ TEST__UNUSED static void write_file(const char *path, const void *data, size_t b
 }
 
 /* Resident bytes of all mappings of files of that name, with such rights; -1 where the system does not say. */
-__attribute__((unused)) static int64_t resident_of(const char *name, const char *rights)
+TEST__UNUSED static int64_t resident_of(const char *name, const char *rights)
 {
     FILE   *f = fopen("/proc/self/smaps", "r");
     char    line[1000];
